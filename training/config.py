@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -147,12 +147,20 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] = (
     return validate(tree, where=str(source) if source is not None else "the configuration")
 
 
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def checked(model: type[_Model], values: dict[str, Any], where: str) -> _Model:
+    """One settings model from plain values; `where` is named in the `ConfigError` of the first wrong one."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error, model)}") from None
+
+
 def validate(tree: dict[str, Any], where: str) -> Config:
     """The tree as a `Config`; `where` is named in the `ConfigError` of the first wrong value."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from None
+    return checked(Config, tree, where)
 
 
 def dump(config: Config) -> str:
@@ -201,18 +209,17 @@ def _assign(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
     tree[name] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        names = _names_beside(first["loc"])
+        names = _names_beside(first["loc"], model)
         return f"unknown setting '{path}'; known there: {', '.join(names)}."
     found = first.get("input")
     return f"{path} = {found!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
 
 
-def _names_beside(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
+def _names_beside(location: tuple[int | str, ...], model: Any) -> list[str]:
     for part in location[:-1]:
         field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
         if field is None:

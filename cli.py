@@ -1,0 +1,395 @@
+"""The command line: `python cli.py COMMAND`. A command parses, calls one function of a package and prints its outcome.
+
+Nothing heavy is imported here: a command imports what it needs when it is called, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from preprocessing.errors import InputError, UserError
+
+STORE = Path("store")
+RUN = Path("runs/default")
+RSNA = Path("data/rsna")
+
+
+class _Command(click.RichCommand):
+    """A command that takes `--traceback` and turns a `UserError` into one line and exit status 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(["--quiet", "-q"], is_flag=True, help="Print no progress, only the outcome."),
+            click.Option(["--json-logs"], is_flag=True, help="Log as JSON, one object a line."),
+            click.Option(["--traceback"], is_flag=True, help="Show where an error came from."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        show_traceback = ctx.params.pop("traceback")
+        ctx.obj = {"quiet": ctx.params.pop("quiet"), "json_logs": ctx.params.pop("json_logs")}
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if show_traceback:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+
+
+class _Group(click.RichGroup):
+    command_class = _Command
+
+
+_PATH = click.Path(path_type=Path)
+_store = click.option("--store", type=_PATH, default=STORE, show_default=True, help="The store that convert made.")
+_device = click.option("--device", default=None, help="'cpu', 'cuda', 'cuda:N' or 'auto' (the default).")
+_config = click.option("--config", "config_source", default=None, help="A preset's name or a YAML file.")
+_set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mammopipe", prog_name="mammopipe")
+def main() -> None:
+    """Breast-cancer detection in screening mammography, from DICOM files to a submission.
+
+    Start with `synth`, `convert`, `folds`, `train`, `evaluate`, `predict`, `report`, or let `run` do all of it.
+    """
+
+
+def _console(ctx: click.Context, directory: Path | None = None) -> Any:
+    from training.console import Console
+
+    return Console(directory=directory, **ctx.obj)
+
+
+@main.command()
+@click.option("--out", type=_PATH, default=RSNA, show_default=True, help="Folder to write the data set to.")
+@click.option(
+    "--patients", type=click.IntRange(1), default=24, show_default=True, help="Patients, usually of four images."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same bytes."
+)
+@click.option("--size", type=click.Choice(["small", "full"]), default="small", show_default=True, help="Detector size.")
+@click.option(
+    "--contrast",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Contrast of the lesions; 0 hides them.",
+)
+@click.pass_context
+def synth(ctx: click.Context, out: Path, patients: int, seed: int, size: Any, contrast: float) -> None:
+    """Write a synthetic data set in the challenge's layout."""
+    from preprocessing.synth import synthesize
+
+    with _console(ctx) as console, console.progress("Drawing", unit="images") as advance:
+        summary = synthesize(out, patients=patients, seed=seed, size=size, contrast=contrast, progress=advance)
+    click.echo(summary)
+
+
+@main.command()
+@click.option("--images", type=_PATH, default=None, help=f"Folder of pictures.  [default: {RSNA}/train_images]")
+@click.option(
+    "--csv",
+    "table",
+    type=_PATH,
+    default=None,
+    help=f"The pictures' table.  [default: {RSNA}/train.csv, or none with --images]",
+)
+@click.option("--out", type=_PATH, default=STORE, show_default=True, help="Store to write.")
+@click.option("--levels", default=None, help="Levels to write, such as full,2048,1024,512 (the default).")
+@click.option(
+    "--codec",
+    type=click.Choice(["zstd", "deflate", "lzw", "none", "htj2k"]),
+    default=None,
+    help="Tile compression.  [default: zstd]",
+)
+@click.option("--no-crop", is_flag=True, help="Keep the whole picture instead of the breast.")
+@click.option(
+    "--frame",
+    type=click.IntRange(0),
+    default=None,
+    help="Frame to take from multi-frame files, which are rejected without it.",
+)
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes; 0 takes one a core.")
+@click.option(
+    "--scheduler", default=None, metavar="ADDRESS", help="A dask.distributed scheduler, to convert on a cluster."
+)
+@click.option("--repair", is_flag=True, help="Verify the store first and redo just the damaged pictures.")
+@click.option("--preview", type=_PATH, default=None, metavar="PNG", help="Draw a gallery of the crops.")
+@click.pass_context
+def convert(
+    ctx: click.Context,
+    images: Path | None,
+    table: Path | None,
+    out: Path,
+    levels: str | None,
+    codec: str | None,
+    no_crop: bool,
+    frame: int | None,
+    workers: int,
+    scheduler: str | None,
+    repair: bool,
+    preview: Path | None,
+) -> None:
+    """Convert DICOM, PNG, JPEG or TIFF pictures to a store of tiles.
+
+    A second call does only what is missing or has changed.
+    """
+    from preprocessing import convert as conversion
+    from preprocessing.settings import ConvertSettings
+    from training.config import checked
+
+    if images is None:
+        images, table = RSNA / "train_images", table or RSNA / "train.csv"
+    given = {
+        "levels": levels.split(",") if levels else None,
+        "codec": codec,
+        "crop": False if no_crop else None,
+        "frame": frame,
+    }
+    settings = checked(ConvertSettings, {name: value for name, value in given.items() if value is not None}, "convert")
+    with _console(ctx) as console, console.progress("Converting", unit="files") as advance:
+        summary = conversion.convert(
+            images, table, out, settings, workers=workers, scheduler=scheduler, repair=repair, progress=advance
+        )
+    click.echo(summary)
+    if preview:
+        from preprocessing.preview import draw_gallery
+
+        click.echo(f"Crop gallery: {draw_gallery(out, preview)}")
+
+
+@main.command()
+@_store
+@click.pass_context
+def verify(ctx: click.Context, store: Path) -> None:
+    """Read every tile of a store again and compare it with its checksum; exit status 1 where one is damaged."""
+    from preprocessing import convert as conversion
+    from preprocessing.manifest import open_store
+
+    with _console(ctx) as console, console.progress("Verifying", unit="tiles") as advance:
+        opened = open_store(store)
+        problems = conversion.verify(opened, progress=advance)
+    for problem in problems:
+        click.echo(problem)
+    click.echo(f"{store}: {len(opened.manifest)} pictures, {len(problems)} damaged tiles.")
+    if problems:
+        click.echo("Mend them with: python cli.py convert --repair")
+        ctx.exit(1)
+
+
+@main.command()
+@_store
+@_config
+@_set
+@click.pass_context
+def folds(ctx: click.Context, store: Path, config_source: str | None, overrides: tuple[str, ...]) -> None:
+    """Split a store's patients into folds (StratifiedGroupKFold)."""
+    from preprocessing.manifest import open_store
+    from training.config import load_config
+    from training.folds import describe_folds, make_folds
+
+    opened = open_store(store)
+    config = load_config(config_source, overrides)
+    with _console(ctx) as console:
+        console.table("Folds", describe_folds(opened, make_folds(opened, config.data)))
+    click.echo(f"Folds: {store / 'folds.csv'}")
+
+
+def _fold_numbers(text: str) -> list[int] | None:
+    """None for 'all'."""
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise InputError(f"--fold {text}: expected a fold's number, counted from 0, or 'all'.")
+    return [int(text)]
+
+
+@main.command()
+@_store
+@click.option("--fold", default="0", show_default=True, help="Fold to validate on, or 'all' to train each in turn.")
+@click.option("--out", type=_PATH, default=RUN, show_default=True, help="Run folder; fold K is written to its foldK.")
+@_config
+@_set
+@click.option("--debug", is_flag=True, help="A subset of the data and few steps, to see that everything runs.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished run where it stopped.")
+@_device
+@click.pass_context
+def train(
+    ctx: click.Context,
+    store: Path,
+    fold: str,
+    out: Path,
+    config_source: str | None,
+    overrides: tuple[str, ...],
+    debug: bool,
+    resume: bool,
+    device: str | None,
+) -> None:
+    """Train one fold, or all of them."""
+    from training.config import load_config
+    from training.workflow import train_folds
+
+    if device:
+        overrides = (*overrides, f"train.device={device}")
+    config = load_config(config_source, overrides, debug)
+    with _console(ctx, out) as console:
+        for summary in train_folds(config, store, _fold_numbers(fold), out, resume=resume, console=console):
+            click.echo(summary)
+
+
+@main.command()
+@_store
+@click.option("--runs", type=_PATH, default=RUN, show_default=True, help="Run folder whose folds are evaluated.")
+@click.pass_context
+def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
+    """Compute every metric over a run's out-of-fold predictions."""
+    from preprocessing.manifest import open_store
+    from training import evaluate as evaluation
+
+    with _console(ctx) as console:
+        metrics = evaluation.evaluate(runs, open_store(store))
+        console.table("Out-of-fold metrics", evaluation.headline(metrics))
+    click.echo(f"Metrics: {runs / 'metrics.json'}")
+
+
+@main.command()
+@click.option("--runs", type=_PATH, multiple=True, help=f"Run folders to average; repeatable.  [default: {RUN}]")
+@click.option("--store", type=_PATH, default=None, help="Predict the pictures of a store.")
+@click.option(
+    "--images", type=_PATH, default=None, help=f"Predict a folder of pictures.  [default: {RSNA}/test_images]"
+)
+@click.option("--csv", "table", type=_PATH, default=None, help=f"Their table.  [default: {RSNA}/test.csv]")
+@click.option("--out", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write.")
+@click.option("--tta/--no-tta", default=False, help="Average each prediction with its left-right mirror image's.")
+@_device
+@click.pass_context
+def predict(
+    ctx: click.Context,
+    runs: tuple[Path, ...],
+    store: Path | None,
+    images: Path | None,
+    table: Path | None,
+    out: Path,
+    tta: bool,
+    device: str | None,
+) -> None:
+    """Write a submission: one probability a breast, averaged over the folds of the runs.
+
+    Exit status 0: complete; 3: complete, with fallbacks that predictions_problems.csv lists.
+    """
+    from training import predict as prediction
+
+    if store is not None and (images is not None or table is not None):
+        raise InputError("predict takes --store, or --images with --csv, not both.")
+    if store is None and images is None:
+        images, table = RSNA / "test_images", table or RSNA / "test.csv"
+    with _console(ctx) as console, console.progress("Predicting", unit="images") as advance:
+        summary = prediction.predict(
+            list(runs) or [RUN],
+            out,
+            store=store,
+            images=images,
+            csv=table,
+            device=device or "auto",
+            tta=tta,
+            progress=advance,
+        )
+    click.echo(summary)
+    ctx.exit(summary.exit_code)
+
+
+@main.command()
+@click.option("--runs", type=_PATH, multiple=True, help=f"Run folders to show; repeatable.  [default: {RUN}]")
+@click.option("--out", type=_PATH, default=None, help="Page to write.  [default: report.html in the first run folder]")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write a run's report, one self-contained HTML page."""
+    from training.report import write_report
+
+    click.echo(f"Report: {write_report(list(runs) or [RUN], out)}")
+
+
+@main.command()
+@click.option("--images", type=_PATH, default=RSNA / "train_images", show_default=True, help="Training pictures.")
+@click.option("--csv", "table", type=_PATH, default=RSNA / "train.csv", show_default=True, help="Their table.")
+@click.option("--test-images", type=_PATH, default=RSNA / "test_images", show_default=True, help="Pictures to predict.")
+@click.option("--test-csv", type=_PATH, default=RSNA / "test.csv", show_default=True, help="Their table.")
+@_store
+@click.option("--out", type=_PATH, default=RUN, show_default=True, help="Run folder.")
+@click.option(
+    "--submission", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write."
+)
+@_config
+@_set
+@click.option("--debug", is_flag=True, help="A subset of the data and few steps.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    images: Path,
+    table: Path,
+    test_images: Path,
+    test_csv: Path,
+    store: Path,
+    out: Path,
+    submission: Path,
+    config_source: str | None,
+    overrides: tuple[str, ...],
+    debug: bool,
+) -> None:
+    """Convert, split, train all folds, evaluate, predict and report; what is done and unchanged is skipped."""
+    from training.config import load_config
+    from training.workflow import Job, run_all
+
+    job = Job(
+        images=images,
+        table=table,
+        test_images=test_images,
+        test_table=test_csv,
+        store=store,
+        run=out,
+        submission=submission,
+        report=out / "report.html",
+        config=load_config(config_source, overrides, debug),
+    )
+    with _console(ctx, out) as console:
+        outcome = run_all(job, console)
+    click.echo(outcome)
+    ctx.exit(outcome.exit_code)
+
+
+@main.command()
+@click.option("--out", type=_PATH, default=Path("demo"), show_default=True, help="Folder for everything it makes.")
+@click.pass_context
+def demo(ctx: click.Context, out: Path) -> None:
+    """Run the main job on eight real mammograms and a small synthetic data set."""
+    from training.demo import demo_job
+    from training.workflow import run_all
+
+    with _console(ctx, out) as console:
+        outcome = run_all(demo_job(out, console), console)
+    click.echo(outcome)
+    ctx.exit(outcome.exit_code)
+
+
+@main.command()
+@click.pass_context
+def doctor(ctx: click.Context) -> None:
+    """Say what this machine has and which device the pipeline will use; exit status 1 where it could not run."""
+    from training import doctor as examination
+
+    checks = examination.examine()
+    with _console(ctx) as console:
+        console.table("This machine", examination.as_rows(checks))
+    if not examination.usable(checks):
+        ctx.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The whole job as `run` does it: convert, folds, train, evaluate, predict, report, each skipped where it is done.
+
+Conversion knows by itself what is missing or changed. Every later step leaves a stamp in the run folder's
+`workflow.json`: a hash of what went in. A step is skipped where its outputs are there and its stamp is unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from preprocessing import convert as conversion
+from preprocessing.errors import InputError
+from preprocessing.manifest import Store, open_store, write_atomically
+from preprocessing.settings import ConvertSettings
+from training import config as configuration
+from training import evaluate as evaluation
+from training import fit, folds, predict, report, runs
+from training.config import Config
+from training.console import Console
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where everything of one job lies."""
+
+    images: Path
+    table: Path
+    test_images: Path
+    test_table: Path
+    store: Path
+    run: Path
+    submission: Path
+    report: Path
+    config: Config
+    settings: ConvertSettings = field(default_factory=ConvertSettings)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job came to: headline rows, where the files lie, how long each step took."""
+
+    headline: Sequence[dict[str, str]]
+    files: dict[str, Path]
+    seconds: dict[str, float]
+    skipped: Sequence[str]
+    exit_code: int
+
+    def __str__(self) -> str:
+        took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+        lines = [f"Done in {sum(self.seconds.values()):.0f} s ({took})."]
+        if self.skipped:
+            lines.append(f"Unchanged, not done again: {', '.join(self.skipped)}.")
+        lines += ["  ".join(row.values()) for row in self.headline]
+        width = max(len(name) for name in self.files)
+        lines += [f"{name.ljust(width)}  {path}" for name, path in self.files.items()]
+        return "\n".join(lines)
+
+
+def train_folds(
+    config: Config, store: Path, numbers: Sequence[int] | None, out: Path, *, resume: bool, console: Console
+) -> Iterator[fit.FitSummary]:
+    """Train the folds named, or all of the store's, one after the other; yields each fold's summary as it ends."""
+    opened = open_store(store)
+    if numbers is None:
+        numbers = sorted(folds.read_or_make_folds(opened, config.data)["fold"].unique())
+    for fold in numbers:
+        yield fit.fit(config, opened, int(fold), out, resume=resume, command=shlex.join(sys.argv), console=console)
+
+
+def run_all(job: Job, console: Console) -> Outcome:
+    """Do the whole job, or what of it is not done yet.
+
+    Raises:
+        InputError, StoreError, RunError, ConfigError: as the steps do.
+    """
+    steps = _Steps(job.run / "workflow.json", console)
+    for path in (job.images, job.table):
+        if not path.exists():
+            raise InputError(f"{path}: not there. Make a synthetic data set with: python cli.py synth")
+    converted = steps.always("convert", lambda: _convert(job, console))
+    store = open_store(job.store)
+    data = _digest(store.fingerprint, job.config.data.model_dump_json())
+    steps.once("folds", data, [job.store / "folds.csv"], lambda: folds.make_folds(store, job.config.data))
+    numbers = sorted(int(fold) for fold in folds.read_folds(store)["fold"].unique())
+    trained = _digest(data, configuration.dump(job.config), _file_digest(job.store / "folds.csv"))
+    for fold in numbers:
+        folder = job.run / f"fold{fold}"
+        steps.once(
+            f"train fold {fold}", trained, [folder / "validation.csv"], lambda f=fold: _train(job, store, f, console)
+        )
+    evaluated = _digest(trained, *(_file_digest(job.run / f"fold{fold}" / "validation.csv") for fold in numbers))
+    metrics = job.run / "metrics.json"
+    steps.once("evaluate", evaluated, [metrics], lambda: evaluation.evaluate(job.run, store))
+    exit_code, files = 0, {}
+    if job.test_table.exists():
+        wanted = _digest(
+            evaluated, _file_digest(job.test_table), str(job.test_images.resolve()), str(job.submission.resolve())
+        )
+        result = steps.once("predict", wanted, [job.submission], lambda: _predict(job, console))
+        exit_code = steps.remember("exit code of predict", result.exit_code if result else None)
+        files["submission"] = job.submission
+    steps.once(
+        "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
+    )
+    files |= {"report": job.report, "metrics": metrics, "store": job.store, "runs": job.run}
+    headline = evaluation.headline(json.loads(metrics.read_text(encoding="utf-8")))
+    return Outcome(
+        headline=[{"": str(converted)}, *headline],
+        files=files,
+        seconds=steps.seconds,
+        skipped=steps.skipped,
+        exit_code=exit_code,
+    )
+
+
+def _convert(job: Job, console: Console) -> conversion.ConvertSummary:
+    with console.progress("Converting", unit="files") as advance:
+        return conversion.convert(job.images, job.table, job.store, job.settings, progress=advance)
+
+
+def _train(job: Job, store: Store, fold: int, console: Console) -> fit.FitSummary:
+    folder = job.run / f"fold{fold}"
+    resume = runs.continues(folder, job.config, store)
+    if folder.exists() and not resume:  # trained on something else: nothing is thrown away
+        replaced = folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(replaced)
+        console.print(f"{folder} was made with another configuration or store; it is now {replaced.name}.")
+    return fit.fit(job.config, store, fold, job.run, resume=resume, command=shlex.join(sys.argv), console=console)
+
+
+def _predict(job: Job, console: Console) -> predict.PredictSummary:
+    with console.progress("Predicting", unit="images") as advance:
+        return predict.predict(
+            [job.run],
+            job.submission,
+            store=None,
+            images=job.test_images,
+            csv=job.test_table,
+            device=job.config.train.device,
+            progress=advance,
+        )
+
+
+class _Steps:
+    """Runs steps, times them, and skips those whose stamp says that nothing has changed."""
+
+    def __init__(self, stamps: Path, console: Console) -> None:
+        self._path, self._console = stamps, console
+        self._stamps: dict[str, Any] = json.loads(stamps.read_text(encoding="utf-8")) if stamps.is_file() else {}
+        self.seconds: dict[str, float] = {}
+        self.skipped: list[str] = []
+
+    def always(self, name: str, action: Callable[[], Any]) -> Any:
+        self._console.heading(name)
+        start = time.perf_counter()
+        result = action()
+        self.seconds[name] = time.perf_counter() - start
+        return result
+
+    def once(self, name: str, stamp: str, outputs: Sequence[Path], action: Callable[[], Any]) -> Any:
+        """The action's result, or None where the step was skipped."""
+        if self._stamps.get(name) == stamp and all(path.is_file() for path in outputs):
+            self.skipped.append(name)
+            return None
+        result = self.always(name, action)
+        self.remember(name, stamp)
+        return result
+
+    def remember(self, name: str, value: Any) -> Any:
+        """Keep a value for later calls; None reads back the one kept."""
+        if value is None:
+            return self._stamps[name]
+        self._stamps[name] = value
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps(self._stamps, indent=1).encode())
+        return value
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -44,6 +44,10 @@ class _Command(click.RichCommand):
 class _Group(click.RichGroup):
     command_class = _Command
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of the pipeline, which is that of this file."""
+        return list(self.commands)
+
 
 _PATH = click.Path(path_type=Path)
 _store = click.option("--store", type=_PATH, default=STORE, show_default=True, help="The store that convert made.")

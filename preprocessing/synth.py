@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import pandas as pd
 from preprocessing.errors import InputError
 from preprocessing.manifest import write_atomically
 from preprocessing.phantom import SIZES, Breast, Density, LesionKind, generator, render
+from preprocessing.progress import Progress, Report
 from preprocessing.synth_dicom import MACHINES, UNSEEN, Exposure, Machine, stored_values, write
 
 Size = Literal["small", "full"]
@@ -61,7 +62,7 @@ class SynthSummary:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """One image to draw: where it goes, what it shows, how it is stored, and its row of the table."""
 
     split: Split
@@ -84,7 +85,7 @@ def synthesize(
     positive_rate: float = 0.5,
     test_patients: int | None = None,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> SynthSummary:
     """Write a synthetic data set; the same arguments give the same bytes.
 
@@ -98,7 +99,7 @@ def synthesize(
         positive_rate: share of patients with cancer, in one breast.
         test_patients: patients of the test set; without it a quarter of `patients`, two at least.
         workers: processes that draw.
-        progress: called with the number of images done and of all images.
+        progress: called after every image.
 
     Raises:
         InputError: an impossible argument, or a folder that holds something else.
@@ -118,15 +119,17 @@ def synthesize(
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "synth.json", (json.dumps(settings, indent=1) + "\n").encode())
 
-    pictures = list(_plan(patients, test_patients, seed, size, contrast, positive_rate))
+    pictures = list(plan(patients, test_patients, seed, size, contrast, positive_rate))
     lesions = []
     for done, found in enumerate(_draw_all(pictures, out, workers), start=1):
         lesions += found
         if progress is not None:
-            progress(done, len(pictures))
+            progress(Progress(done, len(pictures)))
     _write_table(out / "lesions.csv", pd.DataFrame(lesions, columns=list(_LESION_COLUMNS)))
     tables = {
-        split: pd.DataFrame([picture.row for picture in pictures if picture.split == split])
+        split: pd.DataFrame(
+            [picture.row for picture in pictures if picture.split == split], columns=list(TRAIN_COLUMNS)
+        )
         for split in ("train", "test")
     }
     if shuffle_labels:
@@ -152,9 +155,9 @@ def _check(out: Path, patients: int, test_patients: int, contrast: float, positi
         raise InputError(f"{out}: holds a data set that synth did not make. Choose another folder with --out.")
 
 
-def _plan(
+def plan(
     patients: int, test_patients: int, seed: int, size: Size, contrast: float, positive_rate: float
-) -> Iterator[_Picture]:
+) -> Iterator[Picture]:
     """Every picture of both splits, in the tables' order."""
     rng = generator(seed, "patients")
     ids = np.sort(rng.choice(np.arange(5, 65_000), patients + test_patients, replace=False))
@@ -192,7 +195,7 @@ def _patient(
     seed: int,
     size: Size,
     contrast: float,
-) -> Iterator[_Picture]:
+) -> Iterator[Picture]:
     rng = generator(seed, "patient", patient)
     density = DENSITIES[rng.choice(4, p=[0.10, 0.42, 0.38, 0.10])]
     depth, half = rng.uniform(75, 135), rng.uniform(62, 100)
@@ -216,7 +219,7 @@ def _patient(
                 "prediction_id": f"{patient}_{laterality}",
             }  # fmt: skip
             exposure = Exposure(str(patient), str(image), laterality, view, age, implant, SIZES[size][2], seed)
-            yield _Picture(split, exposure, machine, breast, size, contrast, row)
+            yield Picture(split, exposure, machine, breast, size, contrast, row)
 
 
 def _views(rng: np.random.Generator) -> list[str]:
@@ -236,7 +239,7 @@ def _birads(machine: Machine, cancer: bool, difficult: bool) -> int | str:
     return 0 if cancer else 2 if difficult else 1
 
 
-def _draw_all(pictures: list[_Picture], out: Path, workers: int) -> Iterator[list[dict[str, Any]]]:
+def _draw_all(pictures: list[Picture], out: Path, workers: int) -> Iterator[list[dict[str, Any]]]:
     """Draw every picture, in order; yields the rows of its lesions."""
     if workers <= 1:
         yield from (_draw(picture, out) for picture in pictures)
@@ -245,7 +248,7 @@ def _draw_all(pictures: list[_Picture], out: Path, workers: int) -> Iterator[lis
         yield from pool.map(_draw, pictures, [out] * len(pictures), chunksize=4)
 
 
-def _draw(picture: _Picture, out: Path) -> list[dict[str, Any]]:
+def _draw(picture: Picture, out: Path) -> list[dict[str, Any]]:
     exposure, machine = picture.exposure, picture.machine
     key = int(generator(exposure.seed, "image", exposure.image_id).integers(2**31))
     phantom = render(picture.breast, exposure.view, key, picture.size, picture.contrast, machine.noise)

@@ -3,6 +3,7 @@
 A store is a folder with
     store.json         version and settings of the conversion
     manifest.parquet   one row an image, `COLUMNS` below and the source CSV's other columns as they were
+    journal.jsonl      what is finished, for a run that continues an interrupted one
     rejected.csv       one row an input that did not make it: image_id, patient_id, source_path, reason, detail
     folds.csv          image_id, fold (written by `folds`)
     tiles/<level>/<patient>/<image>.tif
@@ -10,15 +11,21 @@ A store is a folder with
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from preprocessing.errors import StoreError
 from preprocessing.settings import FULL, ConvertSettings
@@ -77,6 +84,7 @@ LEVEL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "width": (pa.int32(), "columns"),
     "crc32": (pa.uint32(), "CRC-32 of the tile file's bytes"),
 }
+_ROWS_AT_ONCE = 20_000  # rows of a Parquet row group
 REJECTED_COLUMNS = ("image_id", "patient_id", "source_path", "reason", "detail")
 
 
@@ -115,8 +123,12 @@ class Store:
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def open_store(root: str | Path) -> Store:
+def open_store(root: str | Path, finished: bool = True) -> Store:
     """Open a store.
+
+    Args:
+        root: its folder.
+        finished: refuse one whose conversion has not ended.
 
     Raises:
         StoreError: nothing there, a store of another version, or an unfinished one.
@@ -137,7 +149,7 @@ def open_store(root: str | Path) -> Store:
             f"{root}: store of version {version}; this program reads version {STORE_VERSION}. "
             "Convert again into a new folder."
         )
-    if not (root / "manifest.parquet").is_file():
+    if finished and not (root / "manifest.parquet").is_file():
         raise StoreError(f"{root}: its conversion has not finished (manifest.parquet is missing). Run convert again.")
     return Store(root, ConvertSettings.model_validate(described["settings"]))
 
@@ -156,15 +168,67 @@ def pick_level(levels: tuple[str, ...], height: int, width: int, target_height: 
     return fitting[-1] if fitting else levels[0]
 
 
+def schema(levels: tuple[str, ...], extra: Mapping[str, pa.DataType]) -> pa.Schema:
+    """The manifest's Arrow schema: `COLUMNS`, each level's, and the CSV's own."""
+    fields = [pa.field(name, kind) for name, (kind, _) in COLUMNS.items()]
+    fields += [
+        pa.field(level_column(name, level), kind) for level in levels for name, (kind, _) in LEVEL_COLUMNS.items()
+    ]
+    return pa.schema(fields + [pa.field(name, kind) for name, kind in extra.items()])
+
+
+def write_manifest(
+    root: Path, rows: Iterable[Mapping[str, Any]], levels: tuple[str, ...], extra: Mapping[str, pa.DataType]
+) -> None:
+    """Replace manifest.parquet atomically by these rows, which are taken as they come and never held together."""
+    described = schema(levels, extra)
+    with replaced(root / "manifest.parquet") as file, pq.ParquetWriter(file, described, compression="zstd") as writer:
+        iterator = iter(rows)
+        while chunk := list(islice(iterator, _ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist([dict(row) for row in chunk], schema=described))
+
+
+def write_rejected(root: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Replace rejected.csv atomically."""
+    with replaced(root / "rejected.csv") as file:
+        file.write((",".join(REJECTED_COLUMNS) + "\n").encode())
+        for row in rows:
+            line = _Line()
+            csv.writer(line, lineterminator="\n").writerow([row[column] for column in REJECTED_COLUMNS])
+            file.write(line.text.encode())
+
+
+def write_head(root: Path, settings: ConvertSettings) -> None:
+    """Write store.json, which says what the folder is and how it was made."""
+    described = {"version": STORE_VERSION, "settings": settings.model_dump(mode="json")}
+    write_atomically(root / "store.json", json.dumps(described, indent=1).encode() + b"\n")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write through a temporary file, fsync and rename: a reader sees the old bytes or the new ones, never a part."""
+    with replaced(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write that takes `path`'s place, synced to the disk, when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class _Line:
+    """What `csv.writer` writes to, kept as text."""
+
+    text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text

@@ -1,0 +1,350 @@
+"""The run: which pictures are missing, workers over them, the journal, and the manifest at the end.
+
+The worker processes write tiles, this process alone writes the journal and the manifest. Whatever ends a run, the next
+one with the same arguments does what is missing and comes to the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from preprocessing import ingest, table
+from preprocessing import workers as workers_module
+from preprocessing.errors import InputError, StoreError
+from preprocessing.journal import Entry, Journal, locked
+from preprocessing.manifest import (
+    COLUMNS,
+    Store,
+    level_column,
+    open_store,
+    write_head,
+    write_manifest,
+    write_rejected,
+)
+from preprocessing.progress import Progress, Report
+from preprocessing.settings import ConvertSettings
+from preprocessing.table import Source
+
+# Settings that change no byte of a store.
+_FREE = {"timeout_s", "memory_mb", "max_pixels"}
+# Reasons that may have lain in the machine rather than in the file: a later run tries again.
+_PASSING = {"timeout", "crash", "memory", "internal", "unreadable"}
+
+
+@dataclass
+class ConvertSummary:
+    """What a run came to."""
+
+    store: Path
+    images: int = 0
+    converted: int = 0
+    unchanged: int = 0
+    rejected: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    by_reason: Counter[str] = field(default_factory=Counter)
+    by_syntax: Counter[str] = field(default_factory=Counter)
+    seconds_by_syntax: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.store}: {self.images} pictures ({self.converted} converted now in {self.seconds:.0f} s, "
+            f"{self.unchanged} unchanged), {self.rejected} rejected."
+        ]
+        for name, count in self.by_syntax.most_common():
+            took = self.seconds_by_syntax[name]
+            lines.append(f"  {count} {name}: {took / count * 1000:.0f} ms a picture")
+        for reason, count in self.by_reason.most_common():
+            lines.append(f"  {count} rejected: {reason} (see {self.store / 'rejected.csv'})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A tile that is not what the manifest says."""
+
+    image_id: str
+    path: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.found} (image {self.image_id})"
+
+
+def convert(
+    images: Path,
+    csv: Path | None,
+    out: Path,
+    settings: ConvertSettings | None = None,
+    workers: int = 0,
+    scheduler: str | None = None,
+    repair: bool = False,
+    progress: Report | None = None,
+) -> ConvertSummary:
+    """Convert a folder of pictures to a store, or complete one that was begun.
+
+    Args:
+        images: folder of the pictures.
+        csv: their table; without it every file below `images` is taken.
+        out: the store; made, or continued where the settings are the same.
+        workers: processes on this machine, 0 for one a core.
+        scheduler: address of a dask.distributed scheduler to run on instead.
+        repair: verify every tile first and redo the damaged ones.
+        progress: told of each finished file.
+
+    Raises:
+        InputError: the folder or the CSV does not hold what it must, or no scheduler answers.
+        StoreError: `out` is no store, one made otherwise, in use by another run, or cannot be written.
+    """
+    settings = settings or ConvertSettings()
+    images, out = images.absolute(), out.absolute()
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
+    listed = table.read_table(csv) if csv is not None else table.walk_folder(images)
+    _claim(out)
+    with locked(out):
+        _settle(out, settings)
+        with Journal(out / "journal.jsonl") as journal:
+            run = _Run(images, out, settings, listed, csv is not None, journal, progress)
+            if repair:
+                run.damaged = _damaged(out)
+            run.convert(workers, scheduler)
+            return run.finish()
+
+
+def verify(store: Store, progress: Report | None = None) -> list[Problem]:
+    """Read every tile again and compare it with the manifest's CRC-32; what differs, in the manifest's order."""
+    problems: list[Problem] = []
+    fields = [level_column(name, level) for level in store.levels for name in ("path", "crc32")]
+    cells = store.manifest[["image_id", *fields]]
+    check = partial(_check_tiles, store.root)
+    with ThreadPoolExecutor(workers_module.available_cores()) as pool:
+        done = 0
+        for start in range(0, len(cells), 256):
+            for found in pool.map(check, cells[start : start + 256].itertuples(index=False, name=None)):
+                problems += found
+                done += 1
+                if progress:
+                    progress(Progress(done, len(cells), len(problems)))
+    return problems
+
+
+class _Run:
+    """One call of `convert`, in its three steps."""
+
+    def __init__(
+        self,
+        images: Path,
+        out: Path,
+        settings: ConvertSettings,
+        listed: pd.DataFrame,
+        from_csv: bool,
+        journal: Journal,
+        progress: Report | None,
+    ) -> None:
+        self.damaged: set[str] = set()
+        self._images, self._out, self._settings = images, out, settings
+        self._table, self._from_csv = listed, from_csv
+        self._journal, self._progress = journal, progress
+        self._summary = ConvertSummary(out)
+        self._done = self._rejected = 0
+        self._start = time.perf_counter()
+
+    def convert(self, count: int, scheduler: str | None) -> None:
+        """Run the workers over what is missing, and write down each outcome as it comes."""
+        limits = workers_module.Limits(timeout_s=self._settings.timeout_s, memory_mb=self._settings.memory_mb)
+        if scheduler:
+            outcomes = workers_module.run_cluster(ingest.ingest, self._missing(), scheduler, limits)
+        else:
+            outcomes = workers_module.run_local(ingest.ingest, self._missing(), count, limits)
+        try:
+            for outcome in outcomes:
+                self._note(outcome)
+        except ingest.WriteError as error:
+            raise StoreError(
+                f"{self._out}: cannot be written: {error}. Make room and run the same command again; "
+                "what is finished is kept."
+            ) from None
+
+    def finish(self) -> ConvertSummary:
+        """Write manifest.parquet and rejected.csv from the journal."""
+        patients: list[str] = []
+        kept: list[int] = []
+        for position, source in enumerate(self._sources()):
+            entry = self._entry(source)
+            if "facts" in entry:
+                patients.append(table.text(source.columns, "patient_id") or entry["facts"]["patient_id"])
+                kept.append(position)
+        identifiers = self._table["image_id"].iloc[kept]
+        keys = pa.table({"patient": pa.array(patients, pa.string()), "image": pa.array(identifiers, pa.string())})
+        keys = keys.append_column("position", pa.array(kept, pa.int64()))
+        order = keys.sort_by([("patient", "ascending"), ("image", "ascending")])["position"].to_numpy()
+        extra = table.extra_columns(self._table, set(COLUMNS)) if self._from_csv else {}
+        ordered = self._table.iloc[order]
+        write_manifest(self._out, self._rows(ordered, extra), self._settings.levels, extra)
+        write_rejected(self._out, self._rejections())
+        self._summary.images = len(kept)
+        self._summary.rejected = sum(self._summary.by_reason.values())
+        self._summary.seconds = time.perf_counter() - self._start
+        return self._summary
+
+    def _sources(self, listed: pd.DataFrame | None = None) -> Iterator[Source]:
+        return table.sources(self._images, self._table if listed is None else listed, self._from_csv)
+
+    def _missing(self) -> Iterator[ingest.Job]:
+        for source in self._sources():
+            entry = self._journal.find(source.image_id)
+            if entry is not None and self._still_right(entry, source):
+                self._summary.unchanged += "facts" in entry
+                self._tell(source.image_id, 0, "rejected" in entry)
+            else:
+                yield ingest.Job(self._images, self._out, self._settings, source)
+
+    def _still_right(self, entry: Entry, source: Source) -> bool:
+        if any(entry.get(name) != value for name, value in ingest.identity(self._images, source).items()):
+            return False
+        if "rejected" in entry:
+            return entry["rejected"][0] not in _PASSING
+        if source.image_id in self.damaged:
+            return False
+        return all(_has_size(self._out / tile[0], tile[4]) for tile in entry["tiles"].values())
+
+    def _note(self, outcome: workers_module.Outcome) -> None:
+        source: Source = outcome.task.source
+        entry = outcome.result
+        if outcome.failure is not None:
+            seen = ingest.identity(self._images, source)
+            entry = {"image_id": source.image_id, **seen}
+            entry["rejected"] = [outcome.failure.reason, outcome.failure.detail]
+        self._journal.append(entry)
+        if "facts" in entry:
+            name = syntax_name(entry["facts"].get("transfer_syntax", "")) or entry["facts"]["format"]
+            self._summary.converted += 1
+            self._summary.by_syntax[name] += 1
+            self._summary.seconds_by_syntax[name] += outcome.seconds
+        self._tell(source.image_id, max(0, entry["size"]), "rejected" in entry)
+
+    def _tell(self, current: str, size: int, rejected: bool) -> None:
+        self._done += 1
+        self._rejected += rejected
+        self._summary.bytes += size
+        if self._progress:
+            self._progress(Progress(self._done, len(self._table), self._rejected, self._summary.bytes, current))
+
+    def _entry(self, source: Source) -> Entry:
+        entry = self._journal.find(source.image_id)
+        if entry is None:
+            raise AssertionError(f"no outcome for image {source.image_id}")
+        return entry
+
+    def _rows(self, ordered: pd.DataFrame, extra: dict[str, pa.DataType]) -> Iterator[dict[str, Any]]:
+        for source in self._sources(ordered):
+            entry = self._entry(source)
+            row = ingest.manifest_row(source.columns, entry["facts"], source.image_id)
+            row |= ingest.tile_columns(entry["tiles"])
+            yield row | {name: table.extra_value(source.columns, name, kind) for name, kind in extra.items()}
+
+    def _rejections(self) -> Iterator[dict[str, str]]:
+        for source in self._sources():
+            entry = self._entry(source)
+            if "rejected" in entry:
+                reason, detail = entry["rejected"]
+                self._summary.by_reason[reason] += 1
+                yield {
+                    "image_id": source.image_id,
+                    "patient_id": table.text(source.columns, "patient_id"),
+                    "source_path": source.path,
+                    "reason": reason,
+                    "detail": detail,
+                }
+
+
+def syntax_name(uid: str) -> str:
+    """A transfer syntax's name, such as 'JPEG Lossless, Non-Hierarchical (Process 14)'; empty for no UID."""
+    from pydicom.uid import UID
+
+    return str(UID(uid).name) if uid else ""
+
+
+def _claim(out: Path) -> None:
+    """Make the store's folder, or see that what is there may be continued."""
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out}: a file, not a folder. Give a folder for the store with --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        visible = [name.name for name in out.iterdir() if not name.name.startswith(".")]
+    except OSError as error:
+        raise StoreError(f"{out}: cannot be written: {error.strerror}.") from None
+    if visible and "store.json" not in visible:
+        raise StoreError(
+            f"{out}: not empty and no store (it holds {sorted(visible)[0]}, no store.json). "
+            "Give another folder with --out."
+        )
+
+
+def _settle(out: Path, settings: ConvertSettings) -> None:
+    """Under the lock: store.json says these settings, the scratch folder is there and empty."""
+    head = out / "store.json"
+    if head.is_file():
+        made = open_store(out, finished=False).settings
+        for name in ConvertSettings.model_fields:
+            had, wanted = getattr(made, name), getattr(settings, name)
+            if had != wanted and name not in _FREE:
+                raise StoreError(
+                    f"{out}: made with {name} = {_plain(had)}, now {_plain(wanted)} is asked for. "
+                    "Give the same settings, or another folder with --out."
+                )
+    try:
+        if not head.is_file():
+            write_head(out, settings)
+        scratch = ingest.scratch_folder(out)
+        scratch.mkdir(exist_ok=True)
+        for left in scratch.iterdir():
+            left.unlink()
+        for left in out.glob(".*.tmp"):
+            left.unlink()
+    except OSError as error:
+        raise StoreError(f"{out}: cannot be written: {error.strerror}.") from None
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _damaged(out: Path) -> set[str]:
+    if not (out / "manifest.parquet").is_file():
+        return set()
+    return {problem.image_id for problem in verify(open_store(out))}
+
+
+def _check_tiles(root: Path, cells: tuple[Any, ...]) -> list[Problem]:
+    image_id, *pairs = cells
+    problems = []
+    expected = {path: int(crc32) for path, crc32 in zip(pairs[::2], pairs[1::2], strict=True)}
+    for path, crc32 in expected.items():
+        try:
+            found = zlib.crc32((root / path).read_bytes())
+        except OSError as error:
+            problems.append(Problem(image_id, path, error.strerror or "unreadable"))
+            continue
+        if found != crc32:
+            problems.append(Problem(image_id, path, f"CRC-32 {found:08x}, the manifest has {crc32:08x}"))
+    return problems
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False

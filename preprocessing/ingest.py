@@ -1,0 +1,248 @@
+"""One file in; its tiles and its facts, or a typed rejection, out. This is what a worker process runs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import string
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydicom
+
+from preprocessing import decode, grayscale, tiles
+from preprocessing.breast import Breast, Crop, find_breast
+from preprocessing.guard import Rejection
+from preprocessing.manifest import COLUMNS, LEVEL_COLUMNS, level_column
+from preprocessing.settings import ConvertSettings
+from preprocessing.table import Source, laterality, number, stem, text
+
+_SAFE = frozenset(string.ascii_letters + string.digits + "._-")
+_LONGEST_NAME = 120  # characters of a file name made from an id; file systems allow 255 bytes
+
+
+class Prepared(NamedTuple):
+    """A picture as the store would hold it.
+
+    Attributes:
+        levels: uint16 [rows, columns] by level, largest first; levels of equal size are the same array.
+        row: the picture's manifest row, without its tiles' `path` and `crc32`.
+    """
+
+    levels: dict[str, tiles.Level]
+    row: dict[str, Any]
+
+
+class WriteError(Exception):
+    """The store cannot be written: a full disk, a quota, a lost mount. Every other file would fail as well."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs besides the file: folders and settings."""
+
+    images: Path
+    store: Path
+    settings: ConvertSettings
+    source: Source = field(default_factory=lambda: Source("", ""))
+
+    def __repr__(self) -> str:
+        return f"Job({self.source.image_id!r})"
+
+
+def prepare(path: Path, row: Mapping[str, Any], settings: ConvertSettings) -> Prepared:
+    """A file's levels and manifest row, exactly as a store of these settings would hold them. Nothing is written.
+
+    Args:
+        path: DICOM, PNG, JPEG or TIFF.
+        row: the source CSV's row (text or numbers), or {}: what it lacks comes from the file's tags.
+
+    Raises:
+        Rejection: the file cannot be used; `reason` says why.
+    """
+    levels, facts = _levels_and_facts(path, row, settings)
+    described = manifest_row(row, facts, text(row, "image_id") or stem(path.name))
+    for name, level in levels.items():
+        described[level_column("height", name)], described[level_column("width", name)] = level.shape
+    return Prepared(levels, described)
+
+
+def ingest(job: Job) -> dict[str, Any]:
+    """Convert one file into the store.
+
+    Returns:
+        Its journal entry: `image_id`, what tells whether its source has changed, and either `facts` and `tiles` or
+        `rejected` (reason and detail).
+
+    Raises:
+        WriteError: the store cannot be written.
+    """
+    source = job.source
+    entry: dict[str, Any] = {"image_id": source.image_id, **identity(job.images, source)}
+    try:
+        if not source.path:
+            raise Rejection("absent", source.problem)
+        levels, facts = _levels_and_facts(job.images / source.path, source.columns, job.settings)
+    except Rejection as rejection:
+        return entry | {"rejected": [rejection.reason, rejection.detail]}
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  a fault of ours costs this file alone, and says where it lies
+        return entry | {"rejected": ["internal", _where(error)]}
+    facts["source_path"] = source.path
+    if not source.columns and facts["format"] != "dicom" and "/" in source.path:
+        facts["patient_id"] = source.path.split("/", maxsplit=1)[0]
+    return entry | {"facts": facts, "tiles": _write(job, levels, facts["patient_id"])}
+
+
+def identity(images: Path, source: Source) -> dict[str, Any]:
+    """What a file's tiles depend on besides the settings: its place, size and time, and the CSV's cells that matter."""
+    try:
+        status = os.stat(images / source.path) if source.path else None
+    except (OSError, ValueError):
+        status = None
+    return {
+        "path": source.path,
+        "size": status.st_size if status else -1,
+        "mtime_ns": status.st_mtime_ns if status else 0,
+        "inverted": number(source.columns, "inverted") == 1,
+        "patient": text(source.columns, "patient_id"),
+    }
+
+
+def manifest_row(columns: Mapping[str, Any], facts: Mapping[str, Any], image_id: str) -> dict[str, Any]:
+    """A manifest row from the CSV's cells and, where it has none, the file's own facts. `COLUMNS` only."""
+    row = {name: facts[name] for name in COLUMNS if name in facts}
+    patient = text(columns, "patient_id") or facts["patient_id"]
+    side = laterality(columns) or facts.get("laterality", "")
+    row |= {
+        "image_id": image_id,
+        "patient_id": patient,
+        "laterality": side,
+        "view": text(columns, "view").upper() or facts.get("view", ""),
+        "prediction_id": text(columns, "prediction_id") or f"{patient}_{side}",
+        "cancer": number(columns, "cancer"),
+        "site_id": text(columns, "site_id"),
+        "machine_id": text(columns, "machine_id"),
+        "density": text(columns, "density").upper(),
+    }
+    for name in ("age", "implant"):
+        given = number(columns, name)
+        row[name] = facts.get(name, math.nan) if math.isnan(given) else given
+    return row
+
+
+def safe_name(identifier: str) -> str:
+    """An id as a file name: letters, digits, '.', '_' and '-' stay, all else is percent-encoded; never '.', '..',
+    hidden, empty or too long, and different for different ids."""
+    name = "".join(c if c in _SAFE else "".join(f"%{byte:02X}" for byte in c.encode()) for c in identifier)
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > _LONGEST_NAME:
+        name = name[:80] + "%-" + hashlib.sha256(identifier.encode()).hexdigest()[:32]
+    return name or "%"
+
+
+def scratch_folder(store: Path) -> Path:
+    """Where tiles lie while they are written; what a killed run leaves there is cleared by the next."""
+    return store / ".scratch"
+
+
+def _levels_and_facts(
+    path: Path, row: Mapping[str, Any], settings: ConvertSettings
+) -> tuple[dict[str, tiles.Level], dict[str, Any]]:
+    decoded = decode.decode(path, settings)
+    header = decoded.header
+    inverted = header.photometric == "MONOCHROME1" or number(row, "inverted") == 1
+    picture = grayscale.to_tile_values(decoded, inverted)
+    found = find_breast(picture, settings.crop_margin)
+    crop = found.crop if settings.crop else Crop(0, 0, *picture.shape)
+    low, high = _percentiles(picture, found)
+    facts = {name: getattr(header, name) for name in COLUMNS if hasattr(header, name)}
+    facts |= {
+        "patient_id": text(row, "patient_id") or _pseudonym(path, header.format),
+        "source_path": path.name,
+        "source_bytes": path.stat().st_size,
+        "source_mtime_ns": path.stat().st_mtime_ns,
+        "source_sha256": _sha256(path),
+        "decoder": decoded.decoder,
+        "inverted": inverted,
+        "percentile_low": low,
+        "percentile_high": high,
+        "source_rows": picture.shape[0],
+        "source_columns": picture.shape[1],
+        "crop_top": crop.top,
+        "crop_left": crop.left,
+        "crop_height": crop.height,
+        "crop_width": crop.width,
+    }
+    return tiles.build_levels(picture[crop.slices], settings.levels), facts
+
+
+def _pseudonym(path: Path, kind: str) -> str:
+    """The same for all files of a patient, and not the name or number that the DICOM file holds (0010,0020); the stem
+    of other files' names."""
+    if kind == "dicom":
+        known = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
+        identifier = str(known.get("PatientID") or "").strip()
+        if identifier:
+            return "p" + hashlib.sha256(f"mammopipe patient {identifier}".encode()).hexdigest()[:16]
+    return stem(path.name)
+
+
+def _percentiles(picture: tiles.Level, found: Breast) -> tuple[float, float]:
+    """The 0.5th and 99.5th percentile of the breast's values, padding left out; always low < high."""
+    step = max(1, min(picture.shape) // 1024)
+    sample = picture[::step, ::step]
+    rows = np.minimum(np.arange(sample.shape[0]) * step * found.mask.shape[0] // picture.shape[0], 10**9)
+    columns = np.arange(sample.shape[1]) * step * found.mask.shape[1] // picture.shape[1]
+    values = sample[found.mask[np.ix_(rows, columns)] & (sample > 0)]
+    if not values.size:
+        values = picture.ravel()
+    counts = np.cumsum(np.bincount(values))
+    low, high = (int(np.searchsorted(counts, share * counts[-1])) for share in (0.005, 0.995))
+    return float(low), float(max(high, low + 1))
+
+
+def _write(job: Job, levels: dict[str, tiles.Level], patient: str) -> dict[str, list[Any]]:
+    """Write each distinct level once; returns path, rows, columns, CRC-32 and bytes by level."""
+    written: dict[int, list[Any]] = {}
+    by_level: dict[str, list[Any]] = {}
+    for name, level in levels.items():
+        if id(level) not in written:
+            file = safe_name(job.source.image_id) + tiles.suffix(job.settings.codec)
+            path = "/".join(("tiles", name, safe_name(patient), file))
+            try:
+                done = tiles.write_level(
+                    job.store / path, level, job.settings.codec, job.settings.tile, scratch_folder(job.store)
+                )
+            except (OSError, tiles.TileError) as error:
+                raise WriteError(getattr(error, "strerror", None) or str(error)) from None
+            written[id(level)] = [path, *level.shape, done.crc32, done.bytes]
+        by_level[name] = written[id(level)]
+    return by_level
+
+
+def tile_columns(by_level: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """`LEVEL_COLUMNS` of each level from a journal entry's `tiles`."""
+    return {
+        level_column(column, name): value
+        for name, values in by_level.items()
+        for column, value in zip(LEVEL_COLUMNS, values, strict=False)
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _where(error: Exception) -> str:
+    """An unexpected error's type and place. Its message stays out: it may quote the file."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"

@@ -1,0 +1,263 @@
+"""Which pictures there are: the source CSV, checked, or a walk through a folder; and the file of each of its rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import posixpath
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from preprocessing.errors import InputError
+
+# Tried in this order before the patient's folder is listed for any other ending.
+_SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", "")
+# Files of a folder without CSV that nobody means as pictures.
+_NO_PICTURES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".yaml", ".md", ".xml", ".html", ".pdf", ".zip", ".gz"}
+_EMPTY = {"", "nan", "none", "null", "na", "n/a"}
+_FLAGS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+_LATERALITY = {"l": "L", "left": "L", "r": "R", "right": "R"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture to convert.
+
+    Attributes:
+        image_id: unique within the run.
+        path: of its file, relative to the images folder; empty where there is none.
+        columns: the CSV's row as text; empty without a CSV.
+        problem: why `path` is empty.
+    """
+
+    image_id: str
+    path: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def text(row: Mapping[str, Any], column: str) -> str:
+    """A cell as text; empty where it is absent, NaN or says so."""
+    value = row.get(column)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    cell = str(value).strip()
+    return "" if cell.lower() in _EMPTY else cell
+
+
+def number(row: Mapping[str, Any], column: str) -> float:
+    """A cell as a number, `true` and `false` as 1 and 0; NaN where it is absent, empty or no finite number."""
+    cell = text(row, column).lower()
+    if cell in _FLAGS:
+        return _FLAGS[cell]
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def laterality(row: Mapping[str, Any]) -> str:
+    """L, R, or empty."""
+    return _LATERALITY.get(text(row, "laterality").lower(), "")
+
+
+def stem(name: str) -> str:
+    """A file's name without its ending; that of `1.2.840.113` has none."""
+    base = posixpath.basename(name)
+    front, ending = posixpath.splitext(base)
+    return front if ending.lower() in _SUFFIXES or ending[1:].isalpha() else base
+
+
+def read_table(csv: Path) -> pd.DataFrame:
+    """The source CSV as text, one row a picture, with `image_id` (the stem of `file` where the CSV has none).
+
+    Raises:
+        InputError: the file is missing, empty or no CSV, lacks a column, names an image twice, or has an impossible
+            value.
+    """
+    if not csv.is_file():
+        raise InputError(f"{csv}: no such CSV file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{csv}: the file is empty; expected a header line and one row an image.") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        raise InputError(f"{csv}: not readable as a CSV: {' '.join(str(error).split())}") from None
+    wanted = ["patient_id"] if "file" in table.columns else ["patient_id", "image_id"]
+    missing = [column for column in wanted if column not in table.columns]
+    if missing:
+        raise InputError(
+            f"{csv}: column {missing[0]} is missing; found {', '.join(map(str, table.columns))}. "
+            "Rename the columns to the challenge's (patient_id, image_id, laterality, view, cancer ...)."
+        )
+    if table.empty:
+        raise InputError(f"{csv}: no rows below its header; expected one row an image.")
+    if "image_id" not in table.columns:
+        table["image_id"] = [stem(str(name)) for name in table["file"]]
+    _check(table, csv)
+    return table
+
+
+def walk_folder(images: Path) -> pd.DataFrame:
+    """Every file below a folder that may be a picture, as `image_id` (its stem, or its path where two files share a
+    stem) and `file`, in order of their paths.
+
+    Raises:
+        InputError: there is none.
+    """
+    files: list[str] = []
+    for folder, folders, names in os.walk(images):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = Path(folder).relative_to(images).as_posix()
+        files += [
+            _printable(posixpath.normpath(posixpath.join(inside, name)))
+            for name in sorted(names)
+            if not name.startswith(".") and Path(name).suffix.lower() not in _NO_PICTURES and name != "DICOMDIR"
+        ]
+    if not files:
+        raise InputError(f"{images}: no pictures below this folder; expected DICOM, PNG, JPEG or TIFF files.")
+    table = pd.DataFrame({"file": files}, dtype=str)
+    stems = pd.Series([stem(name) for name in files], dtype=str)
+    table["image_id"] = stems.where(~stems.duplicated(keep=False), table["file"])
+    return table
+
+
+def sources(images: Path, table: pd.DataFrame, from_csv: bool) -> Iterator[Source]:
+    """One `Source` a row, in the table's order, each with its file looked up."""
+    names = [str(column) for column in table.columns]
+    for cells in table.itertuples(index=False, name=None):
+        row = dict(zip(names, map(str, cells), strict=True))
+        path, problem = find_file(images, row)
+        yield Source(row["image_id"], path, row if from_csv else {}, problem)
+
+
+def find_file(images: Path, row: Mapping[str, str]) -> tuple[str, str]:
+    """A row's file relative to `images`, or an empty path and what was looked for.
+
+    The column `file` names it where there is one; else it is `<patient_id>/<image_id>` or `<image_id>` with any ending.
+    """
+    if text(row, "file"):
+        name = posixpath.normpath(text(row, "file"))
+        if "\\" in name and not _there(images / name):  # written on Windows
+            name = posixpath.normpath(name.replace("\\", "/")) if "\\x" not in name else name
+        if not _inside(name):
+            return "", "column file points outside the images folder"
+        if _there(images / name):
+            return name, ""
+        return "", "its name is not UTF-8; rename it" if "\\x" in name else f"no file {name} in the images folder"
+    patient, image = row.get("patient_id", ""), row["image_id"]
+    if not (_plain(patient) and _plain(image)):
+        return "", "its ids cannot be file names"
+    for folder in (patient, "."):
+        for suffix in _SUFFIXES:
+            name = posixpath.normpath(posixpath.join(folder, image + suffix))
+            if _there(images / name):
+                return name, ""
+    try:
+        other = sorted(entry for entry in os.listdir(images / patient) if stem(entry) == image)
+    except OSError:
+        other = []
+    if other:
+        return posixpath.join(patient, other[0]), ""
+    return "", f"no file {patient}/{image}.* in the images folder"
+
+
+def extra_columns(table: pd.DataFrame, known: set[str]) -> dict[str, pa.DataType]:
+    """Arrow types of the CSV's columns that the manifest does not have: float64 where every value is a number, bool
+    where every one is true or false, string otherwise."""
+    types: dict[str, pa.DataType] = {}
+    for column in map(str, table.columns):
+        if column in known or column in {"file", "inverted"}:
+            continue
+        cells = table[column].str.strip()
+        filled = cells[~cells.str.lower().isin(_EMPTY)]
+        if len(filled) and len(filled) == len(cells) and filled.str.lower().isin(["true", "false"]).all():
+            types[column] = pa.bool_()
+        elif len(filled) and pd.to_numeric(filled, errors="coerce").notna().all():
+            types[column] = pa.float64()
+        else:
+            types[column] = pa.string()
+    return types
+
+
+def extra_value(row: Mapping[str, str], column: str, kind: pa.DataType) -> Any:
+    """A carried cell in the type that `extra_columns` gave its column."""
+    if pa.types.is_boolean(kind):
+        return number(row, column) == 1
+    if pa.types.is_floating(kind):
+        return number(row, column)
+    return row.get(column, "")
+
+
+def _check(table: pd.DataFrame, csv: Path) -> None:
+    """Ids are there and unique, values are possible; the first that is not is an `InputError` with its line."""
+    import pandera.pandas as pandera
+
+    def allows(test: Any, expected: str) -> pandera.Check:
+        return pandera.Check(lambda cells: cells.map(test).astype(bool), error=expected)
+
+    def flag(cell: str) -> bool:
+        return not text({"": cell}, "") or number({"": cell}, "") in (0, 1)
+
+    def numeric(cell: str) -> bool:
+        return not text({"": cell}, "") or not math.isnan(number({"": cell}, ""))
+
+    def side(cell: str) -> bool:
+        return not text({"": cell}, "") or bool(laterality({"laterality": cell}))
+
+    filled = allows(lambda cell: bool(str(cell)), "an id")
+    flags = allows(flag, "0, 1 or an empty cell")
+    columns = {
+        "image_id": pandera.Column(checks=filled),
+        "patient_id": pandera.Column(checks=filled),
+        "cancer": pandera.Column(checks=flags, required=False),
+        "implant": pandera.Column(checks=flags, required=False),
+        "inverted": pandera.Column(checks=flags, required=False),
+        "age": pandera.Column(checks=allows(numeric, "a number or an empty cell"), required=False),
+        "laterality": pandera.Column(checks=allows(side, "L, R or an empty cell"), required=False),
+    }
+    try:
+        pandera.DataFrameSchema(columns).validate(table, lazy=True)
+    except pandera.errors.SchemaErrors as errors:
+        case = errors.failure_cases.iloc[0]
+        line = int(case["index"]) + 2
+        raise InputError(
+            f"{csv}, line {line}: {case['column']} is {case['failure_case']!r}; expected {case['check']}."
+        ) from None
+    duplicated = table["image_id"].duplicated(keep=False)
+    if duplicated.any():
+        first = table["image_id"][duplicated].iloc[0]
+        lines = [int(index) + 2 for index in table.index[table["image_id"] == first]]
+        raise InputError(
+            f"{csv}: image_id {first!r} is on lines {lines[0]} and {lines[1]}; expected each image once "
+            f"({int(duplicated.sum())} rows share their image_id)."
+        )
+
+
+def _printable(name: str) -> str:
+    r"""A file name with the bytes that are not UTF-8 written as \xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _inside(name: str) -> bool:
+    return bool(name) and not name.startswith("/") and name.split("/", maxsplit=1)[0] != ".." and "\0" not in name
+
+
+def _plain(identifier: str) -> bool:
+    return bool(identifier) and identifier not in {".", ".."} and not set(identifier) & set("/\\\0")
+
+
+def _there(path: Path) -> bool:
+    try:
+        return os.path.lexists(path)
+    except (OSError, ValueError):
+        return False

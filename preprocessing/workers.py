@@ -1,0 +1,272 @@
+"""Run a function over many files in processes that may crash, hang or eat memory without taking the run down.
+
+A sandbox is one worker process under a time and a memory limit. A machine runs one sandbox a core; a cluster runs one a
+thread of its Dask workers. A file that ends its process is tried once more in a fresh one: only what fails alone is
+blamed. Since damage to the heap can show some files after the one that did it, the files before a crash that did not
+repeat are done again too, each in its own process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import queue
+import resource
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import TimeoutError as TimedOut
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from pebble import ProcessExpired, ProcessPool
+
+from preprocessing.errors import InputError
+
+Task = Any
+_NEIGHBOURS = 8  # files before an unexplained crash that are done again
+_IN_FLIGHT = 4  # tasks a worker thread that wait on a cluster
+_DEATHS = 3  # times that a cluster may lose the machine under one file before the file is given up
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one file may cost."""
+
+    timeout_s: float = 120.0
+    memory_mb: int = 4096
+    files_per_process: int = 500
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a file has no result: `timeout`, `crash` or `memory`, and what was seen."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task with its result, or with its failure."""
+
+    task: Task
+    result: Any = None
+    failure: Failure | None = None
+    seconds: float = 0.0
+
+
+class Sandbox:
+    """One worker process for `function(task)`, replaced when it dies, and every `files_per_process` tasks."""
+
+    def __init__(self, function: Callable[[Task], Any], limits: Limits) -> None:
+        self._function, self._limits = function, limits
+        self._pool = self._fresh()
+        self._recent: deque[Outcome] = deque(maxlen=_NEIGHBOURS)
+
+    def run(self, task: Task) -> list[Outcome]:
+        """The task's outcome, and before it those of earlier tasks that turned out differently when done again."""
+        try:
+            outcome = self._attempt(self._pool, task)
+        except ProcessExpired:
+            outcome = self._alone(task)
+            if outcome.failure is not None:
+                self._recent.clear()
+                return [outcome]
+            again = [self._alone(earlier.task) for earlier in self._recent if earlier.failure is None]
+            before = {id(earlier.task): earlier for earlier in self._recent}
+            self._recent.clear()
+            return [*(new for new in again if new.result != before[id(new.task)].result), outcome]
+        self._recent.append(outcome)
+        return [outcome]
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.stop()
+        self._pool.join()
+
+    def _attempt(self, pool: ProcessPool, task: Task) -> Outcome:
+        start = time.perf_counter()
+        future = pool.schedule(self._function, args=(task,), timeout=self._limits.timeout_s)
+        try:
+            return Outcome(task, future.result(), seconds=time.perf_counter() - start)
+        except TimedOut:
+            return Outcome(task, failure=Failure("timeout", f"not done after {self._limits.timeout_s:g} s"))
+        except MemoryError:
+            return Outcome(task, failure=Failure("memory", f"needs more than {self._limits.memory_mb} MiB"))
+
+    def _alone(self, task: Task) -> Outcome:
+        pool = self._fresh()
+        try:
+            return self._attempt(pool, task)
+        except ProcessExpired as crash:
+            return Outcome(task, failure=Failure("crash", f"its process ended with {_ending(crash.exitcode)}"))
+        finally:
+            pool.stop()
+            pool.join()
+
+    def _fresh(self) -> ProcessPool:
+        # A fork of this process would inherit its threads' locks; the fork server has imported the code and no more.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["preprocessing.ingest"])
+        _allow_children()
+        return ProcessPool(
+            max_workers=1,
+            max_tasks=self._limits.files_per_process,
+            initializer=_start,
+            initargs=(self._limits.memory_mb,),
+            context=context,
+        )
+
+
+def run_local(
+    function: Callable[[Task], Any], tasks: Iterable[Task], workers: int, limits: Limits
+) -> Generator[Outcome, None, None]:
+    """Outcomes of `function` over `tasks`, in the order in which they come, from `workers` processes (0: one a core).
+
+    Tasks are drawn as they are needed; nothing is kept of a task whose outcome was taken.
+    """
+    count = workers or available_cores()
+    source, draw = iter(tasks), threading.Lock()
+    results: queue.Queue[Any] = queue.Queue(maxsize=4 * count)
+    stop = threading.Event()
+
+    def work() -> None:
+        sandbox = Sandbox(function, limits)
+        try:
+            while not stop.is_set():
+                with draw:
+                    task = next(source, stop)
+                if task is stop:
+                    break
+                for outcome in sandbox.run(task):
+                    results.put(outcome)
+        except BaseException as error:  # noqa: BLE001  raised again where the outcomes are taken
+            results.put(error)
+        finally:
+            sandbox.close()
+            results.put(stop)
+
+    threads = [threading.Thread(target=work, name=f"convert-{i}", daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    running = count
+    try:
+        while running:
+            item = results.get()
+            if item is stop:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        stop.set()
+        while running:
+            running -= results.get() is stop
+        for thread in threads:
+            thread.join()
+
+
+def run_cluster(
+    function: Callable[[Task], Any], tasks: Iterable[Task], scheduler: str, limits: Limits
+) -> Generator[Outcome, None, None]:
+    """The same on the workers of a dask.distributed scheduler, each thread of them with a sandbox of its own.
+
+    Raises:
+        InputError: dask is not installed, or no scheduler answers at the address.
+    """
+    try:
+        from distributed import Client, KilledWorker, as_completed
+    except ImportError:
+        raise InputError("--scheduler needs dask.distributed: pip install 'mammopipe[cluster]'.") from None
+    try:
+        client: Any = Client(scheduler, timeout="10s", set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(f"--scheduler {scheduler}: no dask scheduler answers there ({error}).") from None
+    with client:
+        source = iter(tasks)
+        deaths: dict[str, int] = {}
+        pending: dict[str, Task] = {}
+        completed = as_completed([])
+
+        def submit(task: Task) -> None:
+            future = client.submit(_in_sandbox, function, task, limits, pure=False)
+            pending[future.key] = task
+            completed.add(future)
+
+        def fill() -> None:
+            threads = sum(client.nthreads().values())
+            while len(pending) < _IN_FLIGHT * max(1, threads):
+                task = next(source, None)
+                if task is None:
+                    return
+                submit(task)
+
+        fill()
+        while pending:
+            future = next(completed)
+            task = pending.pop(future.key)
+            try:
+                outcomes = future.result()
+            except KilledWorker:
+                name = repr(task)
+                deaths[name] = deaths.get(name, 0) + 1
+                if deaths[name] < _DEATHS:
+                    submit(task)
+                    continue
+                outcomes = [Outcome(task, failure=Failure("crash", "the cluster's workers died on it"))]
+            future.release()
+            yield from outcomes
+            fill()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(psutil.Process().cpu_affinity() or [0])
+
+
+_sandboxes = threading.local()
+
+
+def _in_sandbox(function: Callable[[Task], Any], task: Task, limits: Limits) -> list[Outcome]:
+    """What a cluster's worker runs: the task in this thread's sandbox, made at the first call."""
+    key = (function, limits)
+    if getattr(_sandboxes, "key", None) != key:
+        if hasattr(_sandboxes, "sandbox"):
+            _sandboxes.sandbox.close()
+        _sandboxes.sandbox, _sandboxes.key = Sandbox(function, limits), key
+        atexit.register(_sandboxes.sandbox.close)
+    return _sandboxes.sandbox.run(task)
+
+
+def _allow_children() -> None:
+    """Dask's nanny starts its workers as daemons, which multiprocessing forbids to have children. Sandboxes end by
+    themselves when their pool's pipes close, so the ban's reason, orphans, does not hold for them."""
+    process = multiprocessing.current_process()
+    if process.daemon:
+        process._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _start(memory_mb: int) -> None:
+    """Runs first in a worker process."""
+    import cv2
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    cv2.setNumThreads(1)
+    limit = psutil.Process().memory_info().vms + memory_mb * 2**20
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            pass
+    return f"exit status {code}"

@@ -1,0 +1,154 @@
+"""The source CSV, checked; the walk through a folder; the file of each row."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from preprocessing import table
+from preprocessing.errors import InputError
+
+HEADER = "site_id,patient_id,image_id,laterality,view,age,cancer,implant,machine_id,difficult_negative_case,BIRADS"
+ROW = "1,10006,462822612,L,CC,61.0,0,0,29,False,"
+
+
+def csv(folder: Path, *lines: str, name: str = "train.csv") -> Path:
+    path = folder / name
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_ids_stay_text_with_their_leading_zeros(tmp_path: Path) -> None:
+    frame = table.read_table(csv(tmp_path, "patient_id,image_id", "007,0012", "7,12"))
+    assert list(frame["image_id"]) == ["0012", "12"]
+    assert list(frame["patient_id"]) == ["007", "7"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "the file is empty"),
+        ([HEADER], "no rows below its header"),
+        (["patient_id,laterality", "1,L"], "column image_id is missing; found patient_id, laterality"),
+        (["image_id", "1"], "column patient_id is missing"),
+        ([HEADER, ROW, ROW], "image_id '462822612' is on lines 2 and 3"),
+        ([HEADER, ROW.replace("462822612", "")], "line 2: image_id is ''; expected an id"),
+        ([HEADER, ROW.replace("61.0,0", "61.0,maybe")], "line 2: cancer is 'maybe'; expected 0, 1 or an empty cell"),
+        ([HEADER, ROW.replace("61.0", "old")], "line 2: age is 'old'; expected a number"),
+        ([HEADER, ROW.replace(",L,", ",up,")], "line 2: laterality is 'up'; expected L, R"),
+        ([HEADER, ROW + ",1,2,3"], "not readable as a CSV"),
+    ],
+)
+def test_a_csv_that_cannot_be_used_is_one_clear_line(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = csv(tmp_path, *lines)
+    with pytest.raises(InputError) as caught:
+        table.read_table(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_csv_that_is_missing_or_binary_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such CSV file"):
+        table.read_table(tmp_path / "absent.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x80patient_id,image_id\n\x80,\x81\n")
+    with pytest.raises(InputError, match="not readable as a CSV"):
+        table.read_table(tmp_path / "binary.csv")
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"), [("1", 1), ("1.0", 1), ("True", 1), ("false", 0), (0, 0), (61.5, 61.5), ("1e2", 100)]
+)
+def test_numbers_are_read_however_they_are_written(cell: object, value: float) -> None:
+    assert table.number({"a": cell}, "a") == value
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "NaN", None, float("nan"), "None", "inf", "abc"])
+def test_what_is_no_number_is_nan(cell: object) -> None:
+    assert math.isnan(table.number({"a": cell}, "a"))
+
+
+@pytest.mark.parametrize(
+    ("file", "row"),
+    [
+        ("10006/1.dcm", {"patient_id": "10006", "image_id": "1"}),
+        ("10006/1.png", {"patient_id": "10006", "image_id": "1"}),
+        ("10006/1", {"patient_id": "10006", "image_id": "1"}),
+        ("10006/1.JPEG", {"patient_id": "10006", "image_id": "1"}),
+        ("1.tif", {"patient_id": "10006", "image_id": "1"}),
+        ("images/p_1.jpg", {"patient_id": "10006", "image_id": "1", "file": "images/p_1.jpg"}),
+        ("images/p_1.jpg", {"patient_id": "10006", "image_id": "1", "file": "./images\\p_1.jpg"}),
+    ],
+)
+def test_a_rows_file_is_found_whatever_its_ending(tmp_path: Path, file: str, row: dict[str, str]) -> None:
+    touch(tmp_path / file)
+    touch(tmp_path / "10006" / "12.dcm")
+    assert table.find_file(tmp_path, row) == (file, "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"patient_id": "../outside", "image_id": "1"},
+        {"patient_id": "p", "image_id": "../../outside/1"},
+        {"patient_id": "..", "image_id": "outside"},
+        {"patient_id": "p", "image_id": "1\0"},
+        {"patient_id": "p", "image_id": "x" * 5000},
+        {"patient_id": "p", "image_id": "1", "file": "../outside/1.dcm"},
+        {"patient_id": "p", "image_id": "1", "file": "/etc/passwd"},
+        {"patient_id": "p", "image_id": "1", "file": "a/../../outside/1.dcm"},
+    ],
+)
+def test_ids_and_files_never_lead_out_of_the_images_folder(tmp_path: Path, row: dict[str, str]) -> None:
+    touch(tmp_path / "outside" / "1.dcm")
+    (tmp_path / "images").mkdir()
+    path, problem = table.find_file(tmp_path / "images", row)
+    assert path == ""
+    assert problem
+
+
+def test_a_walk_names_pictures_by_their_stem_and_by_their_path_where_stems_repeat(tmp_path: Path) -> None:
+    for name in ("a/1.dcm", "b/1.dcm", "b/2.png", "1.2.840.113", "notes.txt", ".hidden.dcm", "DICOMDIR"):
+        touch(tmp_path / name)
+    frame = table.walk_folder(tmp_path)
+    assert dict(zip(frame["image_id"], frame["file"], strict=True)) == {
+        "1.2.840.113": "1.2.840.113",
+        "a/1.dcm": "a/1.dcm",
+        "b/1.dcm": "b/1.dcm",
+        "2": "b/2.png",
+    }
+
+
+def test_a_name_that_is_not_utf8_becomes_a_row_that_says_so(tmp_path: Path) -> None:
+    touch(tmp_path / "good.dcm")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.dcm", "wb"):
+        pass
+    found = list(table.sources(tmp_path, table.walk_folder(tmp_path), from_csv=False))
+    assert [(source.path, bool(source.problem)) for source in found] == [("", True), ("good.dcm", False)]
+    assert "not UTF-8" in found[0].problem
+
+
+def test_a_folder_without_pictures_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no pictures below this folder"):
+        table.walk_folder(tmp_path)
+
+
+def test_other_columns_are_carried_with_a_type_that_fits_every_row(tmp_path: Path) -> None:
+    path = csv(tmp_path, "patient_id,image_id,BIRADS,flag,note,file", "1,1,2,True,x,a", "1,2,,False,,b")
+    frame = table.read_table(path)
+    types = table.extra_columns(frame, {"patient_id", "image_id"})
+    assert types == {"BIRADS": pa.float64(), "flag": pa.bool_(), "note": pa.string()}
+    row = dict(zip(frame.columns, frame.iloc[1], strict=True))
+    assert math.isnan(table.extra_value(row, "BIRADS", types["BIRADS"]))
+    assert table.extra_value(row, "flag", types["flag"]) is False
+    assert table.extra_value(row, "note", types["note"]) == ""

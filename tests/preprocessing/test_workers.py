@@ -1,0 +1,113 @@
+"""One bad file costs that file alone: crashes, hangs and hogs among good neighbours."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from preprocessing import workers
+from preprocessing.workers import Limits, run_local
+
+LIMITS = Limits(timeout_s=3.0, memory_mb=512)
+
+
+def work(task: tuple[str, int]) -> int:
+    kind, number = task
+    if kind == "segfault":
+        ctypes.string_at(0)
+    if kind == "abort":
+        os.abort()
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "hang":
+        time.sleep(3600)
+    if kind == "hog":
+        return len(bytearray(4 * 2**30))
+    if kind == "raise":
+        raise ZeroDivisionError
+    return number**2
+
+
+def test_a_crash_a_hang_and_a_hog_among_forty_cost_one_file_each() -> None:
+    bad = {7: "segfault", 13: "hang", 21: "hog", 30: "abort", 35: "kill"}
+    tasks = [(bad.get(number, "good"), number) for number in range(40)]
+    outcomes = {outcome.task[1]: outcome for outcome in run_local(work, tasks, 2, LIMITS)}
+    assert sorted(outcomes) == list(range(40))
+    for number, outcome in outcomes.items():
+        if number not in bad:
+            assert outcome.result == number**2
+            assert outcome.failure is None
+    failures = {number: outcomes[number].failure for number in bad}
+    reasons = {number: failure.reason for number, failure in failures.items() if failure is not None}
+    assert reasons == {7: "crash", 13: "timeout", 21: "memory", 30: "crash", 35: "crash"}
+    assert failures[7] is not None
+    assert "SIGSEGV" in failures[7].detail
+
+
+def crash_after_spoiling(task: tuple[Path, str]) -> str:
+    """Task `spoiler` spoils its process, and crashes when alone; the next task in a spoiled process dies."""
+    folder, name = task
+    spoiled = folder / f"spoiled-{os.getpid()}"
+    if spoiled.exists():
+        os.abort()
+    if name == "spoiler":
+        if (folder / "ran").exists():
+            os.abort()
+        (folder / "ran").touch()
+        spoiled.touch()
+    return name
+
+
+def test_a_crash_that_shows_in_the_next_file_is_laid_to_the_file_that_did_it(tmp_path: Path) -> None:
+    names = ["a", "b", "spoiler", "victim", "c"]
+    outcomes = {}
+    for outcome in run_local(crash_after_spoiling, [(tmp_path, name) for name in names], 1, LIMITS):
+        outcomes[outcome.task[1]] = outcome  # a later outcome of the same task counts
+    assert {name: outcome.result for name, outcome in outcomes.items()} == {
+        "a": "a",
+        "b": "b",
+        "spoiler": None,
+        "victim": "victim",
+        "c": "c",
+    }
+    assert outcomes["spoiler"].failure is not None
+    assert outcomes["spoiler"].failure.reason == "crash"
+
+
+def test_an_error_of_the_function_reaches_the_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(run_local(work, [("good", 1), ("raise", 2), ("good", 3)], 2, LIMITS))
+
+
+def test_an_error_of_the_task_source_reaches_the_caller() -> None:
+    def tasks():
+        yield ("good", 1)
+        raise KeyError("table")
+
+    with pytest.raises(KeyError, match="table"):
+        list(run_local(work, tasks(), 2, LIMITS))
+
+
+def test_tasks_are_drawn_as_they_are_needed() -> None:
+    drawn = 0
+
+    def tasks():
+        nonlocal drawn
+        for number in range(10_000):
+            drawn += 1
+            yield ("good", number)
+
+    with closing(run_local(work, tasks(), 2, LIMITS)) as outcomes:
+        for _ in range(10):
+            next(outcomes)
+    assert drawn < 100
+
+
+def test_available_cores_respects_the_affinity() -> None:
+    assert workers.available_cores() == len(os.sched_getaffinity(0))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-# rows, columns and millimetres a pixel: one field of 233 mm by 179 mm
+# rows, columns and millimetres a pixel: fields of 233 mm by 186 mm and by 179 mm
 SIZES: dict[str, tuple[int, int, float]] = {"small": (640, 512, 0.364), "full": (3328, 2560, 0.07)}
 TISSUE_SPACING = 0.364  # tissue is composed at this resolution; edges, lesions and noise at the picture's own
 GLAND_SHARE = {"A": 0.10, "B": 0.28, "C": 0.52, "D": 0.78}  # area of the breast that is dense
@@ -99,7 +99,8 @@ def render(
     outline = _outline(breast, view, generator(seed, "outline"))
     mask = frame.x[None, :] < outline.depth(frame.y)[:, None]
     coarse = _Frame(*SIZES["small"][:2], TISSUE_SPACING)
-    picture = frame.enlarge(_tissue(breast, outline, coarse, lambda name: generator(seed, name)))
+    tissue = _tissue(breast, outline, coarse, lambda name: generator(seed, name))
+    picture = frame.take(tissue, coarse.spacing)
     picture += np.float32(0.020) * _fractal(generator(seed, "fine"), frame, 4.0, spacing)
     if breast.implant:
         _implant(picture, outline, frame, generator(seed, "implant"))
@@ -136,11 +137,14 @@ class _Frame:
     def height_mm(self) -> float:
         return self.shape[0] * self.spacing
 
-    def enlarge(self, picture: Image) -> Image:
-        rows, columns = self.shape
-        if picture.shape == self.shape:
+    def take(self, picture: Image, spacing: float) -> Image:
+        """The part of a picture of another spacing that this frame covers, from the same corner."""
+        if picture.shape == self.shape and spacing == self.spacing:
             return picture
-        return cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_CUBIC)  # pyright: ignore[reportReturnType]
+        zoom = self.spacing / spacing
+        matrix = np.array([[zoom, 0, zoom / 2 - 0.5], [0, zoom, zoom / 2 - 0.5]], np.float32)
+        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(picture, matrix, self.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)  # pyright: ignore[reportReturnType]
 
     def pixel(self, millimetres: float) -> float:
         return millimetres / self.spacing
@@ -222,13 +226,12 @@ def _tissue(breast: Breast, outline: _Outline, frame: _Frame, draw: Callable[[st
     dense = 0.29 + 0.055 * detail + 0.016 * strands + 0.03 * cloud
     picture = (fat + gland * dense) * (0.32 + 0.68 * thickness)
     picture += _vessels(frame, outline, draw("vessels")) * thickness
-    skin = np.clip(1.2 - np.abs(skin_mm - 1.0) / 1.0, 0, 1) * 0.13
-    picture += skin * (skin_mm > 0)
+    picture += 0.13 * np.clip(1.8 - skin_mm / 1.2, 0, 1)
     nipple = np.exp(-(((x - nipple_x - 1.5) / 4.5) ** 2 + ((y - nipple_y) / 5.0) ** 2))
     picture += 0.16 * nipple
     if outline.muscle is not None:
         _muscle(picture, outline.muscle, frame, draw("muscle"))
-    return np.where(mask, np.clip(picture, 0.02, 0.97), 0).astype(np.float32)
+    return np.clip(picture, 0.02, 0.97).astype(np.float32)  # the caller cuts along the skin, at its own resolution
 
 
 def _gland(

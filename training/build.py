@@ -1,0 +1,136 @@
+"""From settings to the parts of the loop: device, precision, model, optimiser, schedule, loss."""
+
+from __future__ import annotations
+
+import os
+
+import pandas as pd
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from preprocessing.errors import ConfigError
+from training.config import Config, TrainSettings
+from training.distributed import World
+from training.loop import Parts
+from training.losses import aux_targets, build_loss
+from training.model import EveryHead, build_model
+from training.weights import load_pretrained
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `train.device` means; 'auto' is the process's own GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    index = int(name.partition(":")[2] or rank) if name != "auto" else rank
+    if index >= count:
+        raise ConfigError(
+            f"train.device = {name}: torch finds {count} NVIDIA GPU(s) here; use --set train.device=auto, or see: "
+            "python cli.py doctor"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that `train.precision` means on a device.
+
+    Raises:
+        ConfigError: fp16 on a CPU, whose convolutions have none.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.float32
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError("train.precision = fp16: it needs a GPU; use fp32, bf16 or auto.")
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def build_parts(
+    config: Config,
+    device: torch.device,
+    world: World,
+    rows: pd.DataFrame,
+    drawn: dict[str, int],
+    *,
+    batches: int,
+    seed: int,
+    pretrained: bool = True,
+) -> tuple[Parts, str]:
+    """Everything that a training step needs.
+
+    Args:
+        config: the whole tree.
+        device: where training runs.
+        world: the processes that train together.
+        rows: the training pictures, for the auxiliary heads' classes.
+        drawn: samples of each class an epoch, for balanced class weights.
+        batches: batches of an epoch, for the schedule.
+        seed: of the heads' random weights, and of dropout.
+        pretrained: load the first weights; not wanted where a checkpoint follows.
+
+    Returns:
+        The parts, and where the backbone's weights came from.
+    """
+    train = config.train
+    torch.manual_seed(seed)
+    model = build_model(config.model, config.pipeline.channels)
+    # DistributedDataParallel hands the first process's weights to the others, so one download is enough.
+    weights = load_pretrained(model, config.model, config.pipeline.channels) if pretrained and world.is_main else ""
+    if world.size > 1 and device.type == "cuda" and train.sync_batchnorm:
+        model.backbone = convert_sync_batchnorm(model.backbone)
+    layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    model = model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    module: nn.Module = EveryHead(model)
+    if config.model.compile:
+        module.compile()
+    if world.size > 1:
+        module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    precision = pick_precision(train.precision, device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=device.type == "cuda"
+    )
+    parts = Parts(
+        model=model,
+        module=module,
+        loss=build_loss(train, config.model, drawn, aux_targets(rows, config.model.aux, device), world),
+        optimizer=optimizer,
+        scheduler=build_schedule(optimizer, train, batches),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        # The warm-up, decay 1 - (1 + step)^(-2/3) at first, lets a short run's average forget the random head.
+        ema=ModelEmaV3(model, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None,
+        device=device,
+        precision=precision,
+        grad_clip=train.grad_clip,
+        accumulate=train.accumulate,
+        channels_last=config.model.channels_last,
+        seed=config.data.seed,
+        rank=world.rank,
+    )
+    return parts, weights
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, train: TrainSettings, batches: int) -> CosineLRScheduler:
+    """Linear warm-up, then cosine annealing (Loshchilov & Hutter 2017, equation 5) to min_lr at the last step."""
+    steps = -(-batches // train.accumulate)  # an epoch's
+    warmup = min(round(train.warmup_epochs * steps), train.epochs * steps - 1)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, train.epochs * steps - warmup),
+        lr_min=min(train.min_lr, train.lr),
+        warmup_t=warmup,
+        warmup_lr_init=train.lr / max(warmup, 1) if warmup else train.lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

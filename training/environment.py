@@ -1,0 +1,64 @@
+"""What a run was made with: versions, device, store, command, commit. Kept as environment.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocessing.manifest import Store
+from training.distributed import World
+
+PACKAGES = ("mammopipe", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "numpy", "pandas", "scikit-learn")
+
+
+def describe(store: Store, fold: int, device: torch.device, world: World, command: str, weights: str) -> dict[str, Any]:
+    """The record of a run's beginning; `weights` is what the backbone began with."""
+    return {
+        "fold": fold,
+        "store": str(store.root),
+        "store_fingerprint": store.fingerprint,
+        "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "weights": weights,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cuda": torch.version.cuda,
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with "+" where it was changed since; None without git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

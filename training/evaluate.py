@@ -1,0 +1,247 @@
+"""Every figure over a run's out-of-fold predictions: each picture is judged by the model that never saw its patient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from preprocessing.errors import RunError
+from preprocessing.manifest import Store
+from training import metrics, runs
+from training.runs import Run
+
+BREAST_GROUPS = ("site_id", "machine_id", "density", "age", "implant")
+PICTURE_GROUPS = ("view",)
+# A threshold is called unstable where moving it to an end of its interval costs more than this share of pF1.
+UNSTABLE_LOSS = 0.1
+_FLAT = ("count", "positives", "auroc", "average_precision", "pf1", "pf1_best", "threshold", "log_loss", "ece")
+
+
+def evaluate(run: str | Path, store: Store | None = None, resamples: int = 1000) -> dict[str, Any]:
+    """Judge a run and write metrics.json, metrics.csv and out_of_fold.csv into its folder.
+
+    Args:
+        run: the run's folder; all folds in it that have predictions are taken together.
+        store: where given, it must be the one that the run was trained on.
+        resamples: bootstrap resamples of patients.
+
+    Returns:
+        What metrics.json holds: `folds` (a dict each: fold, finished, breast); `mean_of_folds`; `picture`, `breast`, `patient`, each
+        what `metrics.summarise` gives, the last two with `intervals`; `threshold`, what `choose_threshold` gives;
+        `subgroups`, what `metrics.subgroups` gives; `unseen`, what `unseen` gives; `aggregate`; `warnings`, sentences.
+
+    Raises:
+        RunError: no predictions there, or the store is another.
+    """
+    opened = runs.open_run(run)
+    frame = out_of_fold(opened)
+    _check_store(opened, store)
+    aggregate = opened.folds[0].config.train.aggregate
+    breasts = metrics.per_breast(frame, aggregate)
+    patients = metrics.per_patient(frame, aggregate)
+    threshold = choose_threshold(breasts, resamples)
+    value = threshold["value"]
+    result = {
+        "run": str(opened.root),
+        "aggregate": aggregate,
+        "folds": [_fold(fold, breasts, value) for fold in opened.folds],
+        "picture": metrics.summarise(frame["cancer"], frame["prediction"], value),
+        "breast": _with_intervals(breasts, value, resamples),
+        "mean_of_folds": _mean_of_folds(breasts),
+        "patient": _with_intervals(patients, value, resamples),
+        "threshold": threshold,
+        "subgroups": [
+            *metrics.subgroups(breasts, BREAST_GROUPS, value),
+            *metrics.subgroups(frame, PICTURE_GROUPS, value),
+        ],
+        "unseen": unseen(opened, frame, aggregate, value),
+    }
+    result["warnings"] = _warnings(opened, result)
+    result = runs.plain(result)
+    runs.write_json(opened.root / runs.METRICS, result)
+    runs.write_table(opened.root / "metrics.csv", as_table(result))
+    runs.write_table(opened.root / "out_of_fold.csv", breasts)
+    return result
+
+
+def out_of_fold(run: Run) -> pd.DataFrame:
+    """Validation predictions of all folds, a row a picture.
+
+    Raises:
+        RunError: none there, or a patient in two folds.
+    """
+    parts = [fold.validation for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
+    if not parts:
+        raise RunError(f"{run.root}: no fold has finished its first epoch; train with --resume first.")
+    frame = pd.concat(parts, ignore_index=True)
+    doubled = frame["image_id"].duplicated()
+    if doubled.any():
+        raise RunError(
+            f"{run.root}: picture {frame.loc[doubled, 'image_id'].iloc[0]} was held out in two folds, so the folds "
+            "were not trained on the same split; train them into a new folder."
+        )
+    return frame
+
+
+def choose_threshold(breasts: pd.DataFrame, resamples: int) -> dict[str, Any]:
+    """The threshold of the best pF1 over all out-of-fold predictions, and how far it can be trusted.
+
+    Returns:
+        `value`; `interval` over bootstrap resamples of patients; `pf1_out_of_fold`, where each fold is cut at the
+        threshold that is best on the others; `unstable`: moving it within its interval costs over a tenth of pF1.
+    """
+    breasts = breasts[breasts["cancer"].notna()]
+    labels, predictions = breasts["cancer"], breasts["prediction"]
+    best, value = metrics.pf1_best(labels, predictions)
+    interval = metrics.bootstrap(breasts, resamples)["threshold"]
+    ends = [metrics.pf1_at(labels, predictions, end) for end in interval or []]
+    return {
+        "value": value,
+        "interval": interval,
+        "pf1_out_of_fold": _cross_thresholded(breasts),
+        "unstable": interval is None or min(ends) < (1 - UNSTABLE_LOSS) * best,
+    }
+
+
+def unseen(run: Run, frame: pd.DataFrame, aggregate: str, threshold: float) -> dict[str, Any] | None:
+    """Figures per breast on pictures of machines or sites that their fold's model never saw, beside the others.
+
+    Returns:
+        `machines`, `sites` (those unseen somewhere), `unseen` and `seen` (what `metrics.summarise` gives); or None.
+    """
+    new = pd.Series(False, index=frame.index)
+    machines, sites = set(), set()
+    for fold in run.folds:
+        trained = fold.environment.get("training", {})
+        own = frame["fold"] == fold.fold
+        strange_machine = own & ~frame["machine_id"].isin(trained.get("machines", frame["machine_id"].unique()))
+        strange_site = own & ~frame["site_id"].isin(trained.get("sites", frame["site_id"].unique()))
+        machines |= set(frame.loc[strange_machine, "machine_id"])
+        sites |= set(frame.loc[strange_site, "site_id"])
+        new |= strange_machine | strange_site
+    if not new.any():
+        return None
+    return {
+        "machines": sorted(machines),
+        "sites": sorted(sites),
+        **{
+            name: metrics.summarise(breasts["cancer"], breasts["prediction"], threshold)
+            for name, part in (("unseen", frame[new]), ("seen", frame[~new]))
+            for breasts in (metrics.per_breast(part, aggregate),)
+        },
+    }
+
+
+def headline(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The figures to print, a row each: figure, value, 95 % interval."""
+    breast = result["breast"]
+    names = {
+        "auroc": "AUROC",
+        "average_precision": "average precision",
+        "pf1": "pF1",
+        "pf1_best": "pF1 at the best threshold",
+        "threshold": "threshold",
+    }
+    rows = [
+        {
+            "figure": f"{label} (per breast)",
+            "value": _number(breast[name]),
+            "95 % interval": _interval(breast["intervals"].get(name)),
+        }
+        for name, label in names.items()
+    ]
+    if len(result["folds"]) > 1:
+        mean = _number(result["mean_of_folds"]["auroc"])
+        rows.insert(1, {"figure": "AUROC (mean of folds)", "value": mean, "95 % interval": ""})
+    counts = f"{breast['count']:,} breasts, {breast['positives']:,} with cancer, {len(result['folds'])} fold(s)"
+    rows.append({"figure": "judged", "value": counts, "95 % interval": ""})
+    rows += [{"figure": "warning", "value": text, "95 % interval": ""} for text in result["warnings"]]
+    return rows
+
+
+def as_table(result: dict[str, Any]) -> pd.DataFrame:
+    """All figures as one table: level (picture, breast, patient), group, value, and a column a figure."""
+    rows = [
+        {"level": level, "group": "all", "value": "", **result[level]} for level in ("picture", "breast", "patient")
+    ]
+    rows += [{"level": "breast", "group": "fold", "value": part["fold"], **part["breast"]} for part in result["folds"]]
+    for part in result["subgroups"]:
+        rows.append({"level": "picture" if part["group"] in PICTURE_GROUPS else "breast", **part})
+    if result["unseen"]:
+        rows += [
+            {"level": "breast", "group": "machines", "value": n, **result["unseen"][n]} for n in ("seen", "unseen")
+        ]
+    return pd.DataFrame(rows)[["level", "group", "value", *_FLAT]]
+
+
+def _cross_thresholded(breasts: pd.DataFrame) -> float:
+    """pF1 over all folds, each cut at the threshold that is best on the others; NaN with a single fold."""
+    numbers = breasts["fold"].unique()
+    if len(numbers) < 2:
+        return float("nan")
+    called = pd.Series(0.0, index=breasts.index)
+    for number in numbers:
+        others, own = breasts[breasts["fold"] != number], breasts["fold"] == number
+        _, threshold = metrics.pf1_best(others["cancer"], others["prediction"])
+        called[own] = (breasts.loc[own, "prediction"] >= threshold).astype(float)
+    return metrics.pf1(breasts["cancer"], called)
+
+
+def _fold(fold: runs.FoldRun, breasts: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    own = breasts[breasts["fold"] == fold.fold]
+    return {
+        "fold": fold.fold,
+        "finished": fold.finished,
+        "breast": metrics.summarise(own["cancer"], own["prediction"], threshold),
+    }
+
+
+def _mean_of_folds(breasts: pd.DataFrame) -> dict[str, float]:
+    """Ranking figures averaged over the folds: models of different folds need not share a scale."""
+    parts = [metrics.summarise(part["cancer"], part["prediction"]) for _, part in breasts.groupby("fold")]
+    return {name: float(np.mean([part[name] for part in parts])) for name in ("auroc", "average_precision", "pf1_best")}
+
+
+def _with_intervals(frame: pd.DataFrame, threshold: float, resamples: int) -> dict[str, Any]:
+    figures = metrics.summarise(frame["cancer"], frame["prediction"], threshold)
+    return {**figures, "intervals": metrics.bootstrap(frame, resamples)}
+
+
+def _check_store(run: Run, store: Store | None) -> None:
+    if store is None:
+        return
+    for fold in run.folds:
+        trained_on = fold.environment.get("store_fingerprint")
+        if trained_on != store.fingerprint:
+            raise RunError(
+                f"{fold.folder}: it was trained on another store ({fold.environment.get('store')}, fingerprint "
+                f"{str(trained_on)[:12]}) than {store.root} ({store.fingerprint[:12]}); give that one with --store."
+            )
+
+
+def _warnings(run: Run, result: dict[str, Any]) -> list[str]:
+    found = []
+    unfinished = [str(fold.fold) for fold in run.folds if not fold.finished]
+    if unfinished:
+        found.append(
+            f"Training has not finished in fold(s) {', '.join(unfinished)}; figures are of the best epoch so far."
+        )
+    if result["threshold"]["unstable"]:
+        found.append(
+            "The threshold is unstable: within its interval pF1 falls by more than a tenth. Do not rely on it."
+        )
+    positives = result["breast"]["positives"]
+    if positives < 30:
+        found.append(f"Only {positives} breasts with cancer: every interval is wide.")
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None or np.isnan(value) else f"{value:.4f}"
+
+
+def _interval(ends: list[float] | None) -> str:
+    return f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else ""

@@ -1,0 +1,240 @@
+"""A run folder: the names of its files, opening it, and the model that it holds.
+
+docs/architecture.md says what each file is. One fold's part is `RUN/foldK`; a run is all of those there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from preprocessing.errors import RunError
+from preprocessing.manifest import Store, write_atomically
+from training import checkpoint
+from training.config import Config, dump, validate
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.model import MammoModel
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+RECORDS = "metrics.jsonl"
+VALIDATION = "validation.csv"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+BEST = "checkpoints/best.safetensors"
+METRICS = "metrics.json"
+
+VALIDATION_COLUMNS = (
+    *("image_id", "patient_id", "laterality", "view", "prediction_id", "cancer", "site_id", "machine_id"),
+    *("age", "density", "implant", "fold", "prediction"),
+)
+_ID_COLUMNS = ("image_id", "patient_id", "laterality", "view", "prediction_id", "site_id", "machine_id", "density")
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """One fold's part of a run, finished or not."""
+
+    folder: Path
+    fold: int
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration that it was trained with."""
+        # Not load_config: debug mode would lay its values over the saved ones again.
+        path = self.folder / CONFIG
+        return validate(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What environment.json says: versions, device, store, fold, command."""
+        return read_json(self.folder / ENVIRONMENT)
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end."""
+        return (self.folder / SUMMARY).is_file()
+
+    @property
+    def best(self) -> Path:
+        """The best model's weights, safetensors."""
+        return self.folder / BEST
+
+    @cached_property
+    def validation(self) -> pd.DataFrame:
+        """The best epoch's predictions on the fold's own pictures, one row a picture.
+
+        Raises:
+            RunError: there are none yet.
+        """
+        path = self.folder / VALIDATION
+        if not path.is_file():
+            raise RunError(f"{path}: not there yet; the fold has not finished its first epoch. Train it with --resume.")
+        return pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str)).fillna(dict.fromkeys(_ID_COLUMNS, ""))
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of one kind; a last line cut off by a crash is passed over."""
+        return [record for record in read_records(self.folder / RECORDS) if record.get("kind") == kind]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its folder and the folds found there, by number."""
+
+    root: Path
+    folds: tuple[FoldRun, ...]
+
+
+def open_run(root: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        RunError: there is no folder, or no fold in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise RunError(f"{root}: no run there. Train one with: python cli.py train --out {root}")
+    found = {int(m[1]): path for path in root.iterdir() if (m := re.fullmatch(r"fold(\d+)", path.name))}
+    folds = tuple(FoldRun(path, fold) for fold, path in sorted(found.items()) if (path / CONFIG).is_file())
+    if not folds:
+        raise RunError(f"{root}: no trained fold there (fold0 and so on). Train one with: train --out {root}")
+    return Run(root, folds)
+
+
+def continues(folder: Path, config: Config, store: Store) -> bool:
+    """Whether a fold's folder is there and was begun with this configuration and store."""
+    return (folder / CONFIG).is_file() and not mismatch(folder, config, store)
+
+
+def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
+    """What this configuration and store differ in from those that a fold's folder was begun with."""
+    saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    found = checkpoint.differences(saved, config.model_dump(mode="json"))
+    begun_on = FoldRun(folder, 0).environment.get("store_fingerprint")
+    if begun_on != store.fingerprint:
+        found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
+    return found
+
+
+def begin(folder: Path, config: Config, environment: dict[str, Any]) -> None:
+    """Make a fold's folder; its configuration is written last, so a folder with one is whole."""
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    write_json(folder / ENVIRONMENT, environment)
+    write_atomically(folder / CONFIG, dump(config).encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinity, which JSON lacks, become null."""
+    write_atomically(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        RunError: not readable.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError(f"{path}: not readable as JSON; the run is damaged there.") from None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV atomically; numbers in full, so that they read back equal."""
+    write_atomically(path, table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; a last line cut off by a crash is passed over."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Forget the lines of metrics.jsonl that lie after a step: a resumed run writes them again."""
+    if path.is_file():
+        kept = [record for record in read_records(path) if int(record.get("step") or 0) <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def save_best(folder: Path, model: MammoModel, described: dict[str, Any]) -> None:
+    """Publish a fold's best model: safetensors whose header holds what it is and a hash of its tensors.
+
+    One file, replaced in one go: weights and description cannot be of two epochs. The JSON beside it is for people.
+    """
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    described = plain({**described, "sha256": _hash(state)})
+    write_atomically(folder / BEST, save(state, metadata={"mammopipe": json.dumps(described)}))
+    write_json((folder / BEST).with_suffix(".json"), described)
+
+
+def load_model(fold: FoldRun, device: torch.device | str = "cpu") -> tuple[MammoModel, dict[str, Any]]:
+    """The fold's best model in evaluation mode, and what is known of it (epoch, step, metrics).
+
+    Raises:
+        RunError: no model yet, or a damaged one.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from training.model import build_model
+
+    if not fold.best.is_file():
+        raise RunError(
+            f"{fold.best}: not there yet; the fold has not finished its first epoch. Train it with --resume."
+        )
+    try:
+        with safe_open(fold.best, framework="pt") as file:
+            described = json.loads(file.metadata()["mammopipe"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise RunError(
+            f"{fold.best}: not readable as a model of this program ({error}); train the fold again."
+        ) from None
+    if _hash(state) != described.get("sha256"):
+        raise RunError(f"{fold.best}: damaged (its SHA-256 does not fit); train the fold again.")
+    model = build_model(fold.config.model, fold.config.pipeline.channels)
+    model.load_state_dict(state)
+    return model.to(torch.device(device)).eval(), described
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: NaN and infinity are None, NumPy scalars plain ones."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _hash(state: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + str(tuple(state[name].shape)).encode())
+        digest.update(state[name].reshape(-1).numpy().tobytes())
+    return digest.hexdigest()

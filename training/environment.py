@@ -24,6 +24,7 @@ def describe(store: Store, fold: int, device: torch.device, world: World, comman
         "fold": fold,
         "store": str(store.root),
         "store_fingerprint": store.fingerprint,
+        "store_settings": store.settings.model_dump(mode="json"),
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights,

@@ -29,9 +29,10 @@ def evaluate(run: str | Path, store: Store | None = None, resamples: int = 1000)
         resamples: bootstrap resamples of patients.
 
     Returns:
-        What metrics.json holds: `folds` (a dict each: fold, finished, breast); `mean_of_folds`; `picture`, `breast`, `patient`, each
-        what `metrics.summarise` gives, the last two with `intervals`; `threshold`, what `choose_threshold` gives;
-        `subgroups`, what `metrics.subgroups` gives; `unseen`, what `unseen` gives; `aggregate`; `warnings`, sentences.
+        What metrics.json holds: `folds` (a dict each: fold, finished, breast); `picture`, `breast` and `patient`, each
+        what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the ranking figures per
+        breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups` gives; `unseen`, what
+        `unseen` gives; `aggregate`; `warnings`, sentences.
 
     Raises:
         RunError: no predictions there, or the store is another.

@@ -1,63 +1,24 @@
-"""Trains one fold: builds the parts, runs the loop over the epochs, keeps the best model, writes the run folder."""
+"""Trains a fold, or all of them: what is trained on, where it goes, and whether it may."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store
-from training import checkpoint, folds, metrics, runs
-from training.build import build_parts, pick_device
+from training import folds, runs
+from training.build import pick_device
 from training.config import Config, DataSettings
 from training.distributed import World, world
-from training.environment import describe
-from training.loop import Batch, FiniteGuard, Position, train_epoch, validate
-from training.signals import StopSignal
+from training.session import FitSummary, Session
 
 log = logging.getLogger(__name__)
-
-LOG_EVERY = 20  # optimiser steps between two "step" records
-
-
-@dataclass
-class Best:
-    """The best epoch so far, and how many epochs have gone by without a better one."""
-
-    value: float = float("nan")
-    epoch: int = -1
-    stale: int = 0
-
-
-@dataclass(frozen=True)
-class FitSummary:
-    """What training a fold came to."""
-
-    fold: int
-    folder: str
-    epochs: int
-    best_epoch: int
-    metric: str
-    value: float
-    seconds: float
-    stopped_early: bool
-
-    def __str__(self) -> str:
-        early = ", stopped early" if self.stopped_early else ""
-        return (
-            f"Fold {self.fold}: best {self.metric} {self.value:.4f} in epoch {self.best_epoch + 1} of {self.epochs}"
-            f"{early}; {self.seconds:.0f} s. Run: {self.folder}"
-        )
 
 
 def fit(
@@ -97,7 +58,7 @@ def fit(
         if done is not None:
             log.info("%s is finished; nothing to do.", folder)
             return done
-        with _Session(config, store, fold, folder, command, console, place, device, training, held_out) as session:
+        with Session(config, store, fold, folder, command, console, place, device, training, held_out) as session:
             return session.run()
 
 
@@ -163,272 +124,3 @@ def _look(folder: Path, config: Config, store: Store, resume: bool) -> FitSummar
             f"with (--config {folder / runs.CONFIG} --store ...), or name another folder with --out."
         )
     return FitSummary(**runs.read_json(folder / runs.SUMMARY)) if (folder / runs.SUMMARY).is_file() else None
-
-
-class _Session:
-    """One fold in training: the parts, where it stands, and the files that it writes."""
-
-    def __init__(
-        self,
-        config: Config,
-        store: Store,
-        fold: int,
-        folder: Path,
-        command: str,
-        console: Any,
-        place: World,
-        device: torch.device,
-        training: pd.DataFrame,
-        held_out: pd.DataFrame,
-    ) -> None:
-        self.config, self.store, self.fold, self.folder = config, store, fold, folder
-        self.command, self.console, self.place, self.device = command, console, place, device
-        self.training, self.held_out = training, held_out
-        self.at, self.best = Position(), Best()
-        self.spent = 0.0  # seconds of training before this process
-
-    def __enter__(self) -> _Session:
-        self._resources = contextlib.ExitStack()
-        with self._resources as stack:
-            config, device = self.config, self.device
-            self.stop = stack.enter_context(StopSignal())
-            saved = checkpoint.newest(self.folder / runs.CHECKPOINTS)
-            self.place.barrier()  # all have read before anything is written
-            loader = open_loader(self.store, self.training, config, train=True, device=device, place=self.place)
-            self.loader = stack.enter_context(loader)
-            validation = open_loader(self.store, self.held_out, config, train=False, device=device, place=self.place)
-            self.validation = stack.enter_context(validation)
-            limit = config.train.max_steps
-            batches = self.loader.steps_per_epoch
-            self.at.batches = min(batches, limit * config.train.accumulate) if limit else batches
-            self.parts, weights = build_parts(
-                config,
-                device,
-                self.place,
-                self.training,
-                dict(self.loader.drawn(0)),
-                batches=self.at.batches,
-                seed=config.data.seed + self.fold,
-                pretrained=saved is None,
-            )
-            self.at.loss_sum = torch.zeros((), device=device)
-            self._begin(saved, weights)
-            self.monitor = stack.enter_context(open_monitor(self.folder, config, self.place))
-            self._resources = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._resources.close()
-
-    def run(self) -> FitSummary:
-        """The epochs."""
-        self.started = self.saved_at = time.monotonic()
-        settings = self.config.train
-        stopped_early = self.best.stale >= settings.patience
-        while self.at.epoch < settings.epochs and not stopped_early:
-            began, waited = time.monotonic(), self.loader.wait_s
-            first = self.at.batch
-            train_epoch(self.parts, self._batches(), self.at, self.monitor, self._after_step)
-            seconds = time.monotonic() - began
-            record = {
-                "images_per_s": (self.at.batches - first) * self._global_batch() / max(seconds, 1e-9),
-                "wait_share": (self.loader.wait_s - waited) / max(seconds, 1e-9),
-            }
-            self._end_epoch(record, began)
-            stopped_early = self.best.stale >= settings.patience
-        return self._finish(stopped_early)
-
-    def _batches(self) -> Iterator[Batch]:
-        batches = self.loader.epoch(self.at.epoch, start_step=self.at.batch)
-        return itertools.islice(batches, self.at.batches - self.at.batch)
-
-    def _global_batch(self) -> int:
-        return self.config.data.loader.batch_size * self.place.size
-
-    def _after_step(self, at: Position, guard: FiniteGuard) -> None:
-        """Between two steps: a record now and then, a checkpoint when it is due, and the way out."""
-        settings = self.config.train
-        if at.step % LOG_EVERY == 0:
-            guard.check()
-            self.monitor.log(
-                "step",
-                {"epoch": at.epoch, "step": at.step, "loss": float(at.loss_sum) / at.batch, "lr": self._lr()},
-            )
-        ends_epoch = at.batch == at.batches  # saved by _end_epoch, with its validation
-        due = time.monotonic() - self.saved_at > 60 * settings.checkpoint_minutes
-        due |= bool(settings.checkpoint_steps) and at.step % (settings.checkpoint_steps or 1) == 0
-        if due and not ends_epoch:
-            guard.check()
-            self._save()
-        if self.stop.agreed(self.place, at.step) and not ends_epoch:
-            guard.check()
-            self._leave()
-
-    def _end_epoch(self, record: dict[str, Any], began: float) -> None:
-        """Validate, log, keep the best model, save, and move on to the next epoch."""
-        at, settings = self.at, self.config.train
-        predictions, loss, bad = self._validate()
-        breasts = metrics.per_breast(predictions, settings.aggregate)
-        figures = metrics.summarise(breasts["cancer"], breasts["prediction"])
-        value = figures[settings.metric]
-        is_best = _is_better(value, self.best.value, settings.metric)
-        record = {
-            "epoch": at.epoch,
-            "step": at.step,
-            "train_loss": float(self.place.sum(at.loss_sum)) / self.place.size / at.batches,
-            "val_loss": loss,
-            "lr": self._lr(),
-            **{name: figures[name] for name in ("auroc", "pf1", "pf1_best", "threshold", "average_precision")},
-            "log_loss": figures["log_loss"],
-            **record,
-            "seconds": time.monotonic() - began,
-            "drawn": dict(self.loader.drawn(at.epoch)),
-            "best": is_best,
-            "bad_samples": bad,
-        }
-        self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
-        if self.place.is_main:
-            if is_best:
-                self._keep_best(predictions, record)
-            self.monitor.log("epoch", record)
-            log.info(
-                "Epoch %d of %d: loss %.4f, validation %.4f, AUROC %.4f, %s %.4f%s, %.1f images/s",
-                *(at.epoch + 1, settings.epochs, record["train_loss"], loss, figures["auroc"], settings.metric, value),
-                *(" (best)" if is_best else "", record["images_per_s"]),
-            )
-        at.epoch, at.batch = at.epoch + 1, 0
-        at.loss_sum.zero_()
-        self._save()
-        if self.stop.agreed(self.place) and at.epoch < settings.epochs:
-            self._leave()
-
-    def _validate(self) -> tuple[pd.DataFrame, float, int]:
-        """The held-out pictures with their predictions, the mean loss, and how many tiles were damaged."""
-        self.place.share_buffers(self.parts.judged)
-        found = self.place.gather(validate(self.parts, self.validation.epoch(0), self.monitor))
-        index = np.concatenate([part.index for part in found])
-        rows = self.held_out.iloc[index].assign(prediction=np.concatenate([part.prediction for part in found]))
-        ok = np.concatenate([part.ok for part in found])
-        known = sum(part.known for part in found)
-        loss = sum(part.loss_sum for part in found) / known if known else float("nan")
-        return rows[ok].sort_values(["patient_id", "image_id"]), loss, int((~ok).sum())
-
-    def _keep_best(self, predictions: pd.DataFrame, record: dict[str, Any]) -> None:
-        table = predictions[[column for column in runs.VALIDATION_COLUMNS if column in predictions]]
-        runs.write_table(self.folder / runs.VALIDATION, table)
-        runs.save_best(self.folder, self.parts.judged, {"fold": self.fold, **record})
-
-    def _begin(self, saved: tuple[dict[str, Any], dict[str, Any]] | None, weights: str) -> None:
-        """Take up a checkpoint, or make the folder."""
-        if saved is not None:
-            state, described = saved
-            self._restore(state)
-            log.info("Continuing %s at epoch %d, batch %d.", self.folder, self.at.epoch + 1, self.at.batch)
-            if self.place.is_main:
-                runs.drop_records_after(self.folder / runs.RECORDS, described["step"])
-        elif self.place.is_main:
-            environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
-            environment["training"] = {
-                "images": len(self.training),
-                "machines": sorted(self.training["machine_id"].unique().tolist()),
-                "sites": sorted(self.training["site_id"].unique().tolist()),
-            }
-            (self.folder / runs.RECORDS).unlink(missing_ok=True)
-            runs.begin(self.folder, self.config, environment)
-        self.place.barrier()
-
-    def _save(self) -> None:
-        self.saved_at = time.monotonic()
-        if not self.place.is_main:
-            return
-        at, parts = self.at, self.parts
-        state = {
-            "model": parts.model.state_dict(),
-            "ema": parts.ema.module.state_dict() if parts.ema is not None else None,
-            "optimizer": parts.optimizer.state_dict(),
-            "scheduler": parts.scheduler.state_dict(),
-            "scaler": parts.scaler.state_dict(),
-            "position": {"epoch": at.epoch, "batch": at.batch, "step": at.step, "loss_sum": at.loss_sum.detach().cpu()},
-            "best": asdict(self.best),
-            "seconds": self.spent + time.monotonic() - self.started,
-        }
-        described = {
-            "epoch": at.epoch,
-            "batch": at.batch,
-            "step": at.step,
-            "store_fingerprint": self.store.fingerprint,
-            "best": runs.plain(asdict(self.best)),
-            "config": self.config.model_dump(mode="json"),
-        }
-        checkpoint.save(self.folder / runs.CHECKPOINTS, state, described, self.config.train.keep_checkpoints)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        parts, position = self.parts, state["position"]
-        parts.model.load_state_dict(state["model"])
-        if parts.ema is not None:
-            parts.ema.module.load_state_dict(state["ema"])
-        parts.optimizer.load_state_dict(state["optimizer"])
-        parts.scheduler.load_state_dict(state["scheduler"])
-        parts.scaler.load_state_dict(state["scaler"])
-        self.at.epoch, self.at.batch, self.at.step = position["epoch"], position["batch"], position["step"]
-        self.at.loss_sum.copy_(position["loss_sum"])
-        self.best, self.spent = Best(**state["best"]), state["seconds"]
-
-    def _leave(self) -> None:
-        self._save()
-        log.warning("Stopped by %s; everything is saved. Continue with --resume.", self.stop.name)
-        raise SystemExit(self.stop.status)
-
-    def _finish(self, stopped_early: bool) -> FitSummary:
-        summary = FitSummary(
-            fold=self.fold,
-            folder=str(self.folder),
-            epochs=self.at.epoch,
-            best_epoch=self.best.epoch,
-            metric=self.config.train.metric,
-            value=self.best.value,
-            seconds=self.spent + time.monotonic() - self.started,
-            stopped_early=stopped_early and self.at.epoch < self.config.train.epochs,
-        )
-        if self.place.is_main:
-            runs.write_json(self.folder / runs.SUMMARY, asdict(summary))
-        return summary
-
-    def _lr(self) -> float:
-        return float(self.parts.optimizer.param_groups[0]["lr"])
-
-
-def _is_better(value: float, best: float, metric: str) -> bool:
-    """Whether a metric's value beats the best so far; any number beats none, so that a first epoch is always kept."""
-    if np.isnan(best):
-        return True
-    return value < best if metric in metrics.LOWER_IS_BETTER else value > best
-
-
-def open_loader(
-    store: Store, rows: pd.DataFrame, config: Config, *, train: bool, device: torch.device, place: World
-) -> Any:
-    """The Loader of a set of rows, for this process."""
-    from dali_pipes.loader import Loader
-
-    return Loader(
-        store,
-        rows,
-        config.pipeline,
-        config.data.loader,
-        seed=config.data.seed,
-        train=train,
-        device=str(device),
-        rank=place.rank,
-        world_size=place.size,
-    )
-
-
-def open_monitor(folder: Path, config: Config, place: World) -> Any:
-    """The monitor of this process; only the first one writes."""
-    from training.monitor import TrainingMonitor
-    from training.trackers import open_trackers
-
-    if not place.is_main:
-        return TrainingMonitor(None, config.monitor, [])
-    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config))

@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ import torch
 
 from preprocessing.manifest import STORE_VERSION, Store, open_store
 from preprocessing.settings import ConvertSettings
-from training import fit
+from training import fit, session
 from training.config import load_config
 
 SIZE = 32
@@ -75,7 +76,7 @@ def make_store(root: Path, rows: pd.DataFrame | None = None) -> Store:
 class FakeLoader:
     """Keeps the Loader's contract with pictures made up on the spot: noise, and a bright spot where there is cancer."""
 
-    served: list[tuple[int, int, list[int]]] = []  # (epoch, step, rows) of training batches
+    served: ClassVar[list[tuple[int, int, list[int]]]] = []  # (epoch, step, rows) of training batches
 
     def __init__(self, store, rows, pipeline, loader, *, seed, train, device, rank=0, world_size=1):
         self.rows, self.train, self.seed = rows, train, seed
@@ -170,8 +171,8 @@ def open_fake_loader(store, rows, config, *, train, device, place):
 def use_fakes(monkeypatch=None):
     """Put the stand-ins in the place of Loader and monitor."""
     put = monkeypatch.setattr if monkeypatch else setattr
-    put(fit, "open_loader", open_fake_loader)
-    put(fit, "open_monitor", lambda folder, config, place: FakeMonitor(folder if place.is_main else None))
+    put(session, "open_loader", open_fake_loader)
+    put(session, "open_monitor", lambda folder, config, place: FakeMonitor(folder if place.is_main else None))
     FakeLoader.served.clear()
 
 
@@ -198,9 +199,9 @@ def kill_at(moment: str) -> None:
         return wrapped
 
     if what == "step":
-        fit._Session._after_step = countdown(fit._Session._after_step)
+        session.Session._after_step = countdown(session.Session._after_step)
     elif what == "epoch-end":
-        fit._Session._end_epoch = countdown(fit._Session._end_epoch)
+        session.Session._end_epoch = countdown(session.Session._end_epoch)
     elif what == "save":  # between the weights and the JSON that vouches for them
         from training import checkpoint
 

@@ -1,0 +1,410 @@
+"""Prediction: a row for every breast whatever the pictures are like; through a store or straight from DICOM alike."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from preprocessing.convert import convert
+from preprocessing.errors import InputError, RunError, StoreError
+from preprocessing.manifest import open_store
+from preprocessing.progress import Progress
+from preprocessing.settings import ConvertSettings
+from preprocessing.synth import synthesize
+from training import runs
+from training.config import Config, load_config
+from training.ensemble import open_ensemble
+from training.model import build_model
+from training.predict import PROBLEM_COLUMNS, PredictSummary, predict
+
+SETTINGS = ConvertSettings(levels=("full", "256", "96"), crop_margin=0.02)
+TINY = (
+    "model.backbone=test_efficientnet",
+    "model.weights=none",
+    "pipeline.height=64",
+    "pipeline.width=64",
+    "pipeline.clahe.enabled=false",
+    "data.loader.val_batch_size=4",
+    "data.loader.threads=1",
+    "train.device=cpu",
+)
+PRIOR = (3 + 0.5) / (20 + 1)  # of `make_run`: 3 of 20 breasts validated on
+
+
+def make_run(root: Path, *overrides: str, folds: int = 2, settings: ConvertSettings = SETTINGS, seed: int = 0) -> Path:
+    """A run as training leaves it, its weights random, its predictions spread out."""
+    config = load_config(None, (*TINY, *overrides))
+    for fold in range(folds):
+        folder = root / f"fold{fold}"
+        runs.begin(folder, config, {"fold": fold, "store_settings": settings.model_dump(mode="json")})
+        torch.manual_seed(100 * seed + fold)
+        model = build_model(config.model, config.pipeline.channels)
+        with torch.no_grad():
+            model.head.weight.mul_(30)
+        runs.save_best(folder, model, {"fold": fold, "epoch": 0})
+        breasts = range(10 * fold, 10 * fold + 10)
+        rows = [(f"{b}{v}", b, "L", v, f"{b}_L", int(b in (1, 12, 17))) for b in breasts for v in ("CC", "MLO")]
+        names = ["image_id", "patient_id", "laterality", "view", "prediction_id", "cancer"]
+        table = pd.DataFrame(rows, columns=names).assign(
+            site_id="1", machine_id="49", age=60.0, density="B", implant=0.0, fold=fold, prediction=0.5
+        )
+        runs.write_table(folder / runs.VALIDATION, table)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty pictures or so of seven patients, in every encoding that synth has, and their store."""
+    root = tmp_path_factory.mktemp("data")
+    synthesize(root, patients=1, test_patients=10, seed=5)
+    table = pd.read_csv(root / "test.csv", dtype=str).sample(frac=1, random_state=1)  # not in the ids' order
+    table.head(30).to_csv(root / "test.csv", index=False)
+    convert(root / "test_images", root / "test.csv", root / "store", SETTINGS, workers=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def through_store(data: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("through_store") / "submission.csv"
+    assert predict([run], out, store=data / "store", csv=data / "test.csv", device="cpu").exit_code == 0
+    return out
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    """The raw pictures and their table, to be spoilt."""
+    shutil.copytree(data / "test_images", tmp_path / "test_images")
+    shutil.copy(data / "test.csv", tmp_path / "test.csv")
+    return tmp_path
+
+
+def _straight(root: Path, run: Path, name: str = "submission.csv", **options: object) -> tuple[PredictSummary, Path]:
+    out = root / "out" / name
+    summary = predict(
+        [run], out, images=root / "test_images", csv=root / "test.csv", device="cpu", workers=1, **options
+    )
+    return summary, out
+
+
+def _spoil(root: Path, images: list[str]) -> None:
+    for path in root.rglob("*.dcm"):
+        if path.stem in images:
+            path.write_bytes(path.read_bytes()[:2000])
+
+
+def _problems(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out.parent / "predictions_problems.csv", dtype=str, keep_default_na=False)
+
+
+def _edit(root: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+    table = change(pd.read_csv(root / "test.csv", dtype=str, keep_default_na=False))
+    table.to_csv(root / "test.csv", index=False)
+    return table
+
+
+def test_a_submission_has_one_row_a_breast_in_the_tables_order(data: Path, through_store: Path):
+    table, submission = pd.read_csv(data / "test.csv"), pd.read_csv(through_store)
+    assert list(submission.columns) == ["prediction_id", "cancer"]
+    assert submission["prediction_id"].tolist() == table["prediction_id"].drop_duplicates().tolist()
+    assert submission["cancer"].between(0, 1).all()
+    assert submission["cancer"].nunique() == len(submission)
+    pictures = pd.read_csv(through_store.parent / "predictions_images.csv")
+    assert pictures["image_id"].tolist() == table["image_id"].tolist()
+    means = pictures.groupby("prediction_id")["prediction"].mean()
+    np.testing.assert_allclose(submission.set_index("prediction_id")["cancer"], means[submission["prediction_id"]])
+    assert len(_problems(through_store)) == 0
+
+
+def test_predictions_straight_from_dicom_equal_those_through_a_store_bit_for_bit(
+    data: Path, run: Path, through_store: Path, tmp_path: Path
+):
+    out = tmp_path / "submission.csv"
+    summary = predict([run], out, images=data / "test_images", csv=data / "test.csv", device="cpu", workers=2)
+    assert summary.exit_code == 0
+    for name in ("submission.csv", "predictions_images.csv", "predictions_problems.csv"):
+        assert (tmp_path / name).read_bytes() == (through_store.parent / name).read_bytes()
+
+
+def test_a_second_run_gives_the_same_bytes(data: Path, run: Path, through_store: Path, tmp_path: Path):
+    predict([run], tmp_path / "submission.csv", store=data / "store", csv=data / "test.csv", device="cpu")
+    assert (tmp_path / "submission.csv").read_bytes() == through_store.read_bytes()
+
+
+def test_a_store_alone_gives_the_same_numbers_in_the_manifests_order(
+    data: Path, run: Path, through_store: Path, tmp_path: Path
+):
+    predict([run], tmp_path / "submission.csv", store=data / "store", device="cpu")
+    alone = pd.read_csv(tmp_path / "submission.csv")
+    manifest = open_store(data / "store").manifest
+    assert alone["prediction_id"].tolist() == manifest["prediction_id"].drop_duplicates().tolist()
+    ours = pd.read_csv(through_store).set_index("prediction_id")["cancer"]
+    assert alone.set_index("prediction_id")["cancer"].to_dict() == ours.to_dict()
+
+
+def test_it_is_the_mean_of_the_folds_probabilities_on_the_runs_own_tensors(data: Path, run: Path, through_store: Path):
+    from dali_pipes.loader import Loader
+
+    opened = open_store(data / "store")
+    rows = opened.manifest.reset_index(drop=True)
+    config: Config = runs.open_run(run).folds[0].config
+    expected = np.zeros(len(rows))
+    with Loader(opened, rows, config.pipeline, config.data.loader, train=False, device="cpu") as loader:
+        for batch in loader.epoch(0):
+            for fold in runs.open_run(run).folds:
+                model, _ = runs.load_model(fold)
+                with torch.inference_mode():
+                    expected[batch["index"].numpy()] += torch.sigmoid(model(batch["image"])).double().numpy() / 2
+    pictures = pd.read_csv(through_store.parent / "predictions_images.csv", dtype={"image_id": str})
+    found = pictures.set_index("image_id")["prediction"].loc[rows["image_id"]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found.std() > 0.01
+
+
+def test_three_bad_images_of_thirty_cost_no_row(copy: Path, run: Path, through_store: Path):
+    table = pd.read_csv(copy / "test.csv", dtype=str)
+    one, *_, breast = table["prediction_id"].unique()
+    lone = table.loc[table["prediction_id"] == one, "image_id"].iloc[0]
+    both = table.loc[table["prediction_id"] == breast, "image_id"].tolist()
+    bad = [lone, *both]
+    _spoil(copy, bad)
+    summary, out = _straight(copy, run)
+    good, found = pd.read_csv(through_store), pd.read_csv(out)
+    assert summary.exit_code == 3
+    assert found["prediction_id"].tolist() == good["prediction_id"].tolist()
+    changed = good["cancer"] != found["cancer"]
+    assert changed.sum() == 2 - (table["prediction_id"] == one).eq(False).all()
+    assert found.set_index("prediction_id").loc[breast, "cancer"] == pytest.approx(PRIOR)
+    pictures = pd.read_csv(out.parent / "predictions_images.csv", dtype={"image_id": str}).set_index("image_id")
+    assert pictures.loc[bad, "prediction"].isna().all()
+    assert pictures["prediction"].notna().sum() == len(table) - len(bad)
+    problems = _problems(out).set_index("image_id")
+    assert tuple(_problems(out).columns) == PROBLEM_COLUMNS
+    assert sorted(problems.index) == sorted(bad)
+    assert set(problems.loc[both, "fallback"]) == {"prior"}
+    assert problems.loc[lone, "fallback"] == ("other views" if (table["prediction_id"] == one).sum() > 1 else "prior")
+    assert (problems["reason"] != "").all()
+
+
+def test_all_bad_images_leave_the_stated_prior(copy: Path, run: Path):
+    table = pd.read_csv(copy / "test.csv", dtype=str)
+    _spoil(copy, table["image_id"].tolist())
+    summary, out = _straight(copy, run)
+    found = pd.read_csv(out)
+    assert summary.exit_code == 3
+    assert (summary.from_prior, summary.problems) == (len(found), len(table))
+    assert summary.prior == pytest.approx(PRIOR)
+    assert found["prediction_id"].tolist() == table["prediction_id"].drop_duplicates().tolist()
+    np.testing.assert_allclose(found["cancer"], PRIOR)
+    assert "0.1667" in str(summary)
+
+
+def test_an_absent_picture_is_named(copy: Path, run: Path):
+    table = pd.read_csv(copy / "test.csv", dtype=str)
+    gone = table["image_id"].iloc[3]
+    next(copy.rglob(f"{gone}.dcm")).unlink()
+    summary, out = _straight(copy, run)
+    assert summary.exit_code == 3
+    assert _problems(out)[["image_id", "reason"]].to_numpy().tolist() == [[gone, "absent"]]
+    assert len(pd.read_csv(out)) == table["prediction_id"].nunique()
+
+
+def test_a_picture_that_the_store_lacks_is_named(data: Path, copy: Path, run: Path):
+    extra = {"patient_id": "77", "image_id": "7777", "laterality": "L", "view": "CC", "prediction_id": "77_L"}
+    _edit(copy, lambda table: pd.concat([pd.DataFrame([extra]), table]).fillna(""))
+    summary = predict([run], copy / "s.csv", store=data / "store", csv=copy / "test.csv", device="cpu")
+    assert summary.exit_code == 3
+    assert pd.read_csv(copy / "s.csv").iloc[0].tolist() == ["77_L", pytest.approx(PRIOR)]
+    assert _problems(copy / "s.csv").iloc[0].tolist()[:3] == ["77_L", "7777", "absent"]
+
+
+@pytest.mark.parametrize("text", ["", "patient_id,image_id,laterality,prediction_id\n"], ids=["no bytes", "no rows"])
+def test_an_empty_table_is_refused_in_one_sentence(text: str, copy: Path, run: Path):
+    (copy / "test.csv").write_text(text)
+    with pytest.raises(InputError, match=r"test\.csv"):
+        _straight(copy, run)
+    assert not (copy / "out").exists()
+
+
+def test_repeated_prediction_ids_make_one_row_and_shared_ones_are_named(copy: Path, run: Path):
+    first = pd.read_csv(copy / "test.csv", dtype=str)["prediction_id"].unique()[:2]
+    table = _edit(copy, lambda table: table.assign(prediction_id=table["prediction_id"].replace(first[1], first[0])))
+    summary, out = _straight(copy, run)
+    found, problems = pd.read_csv(out), _problems(out)
+    assert found["prediction_id"].is_unique
+    assert found["prediction_id"].tolist() == table["prediction_id"].drop_duplicates().tolist()
+    assert summary.exit_code == 3
+    assert set(problems["prediction_id"]) == {first[0]}
+    assert set(problems["reason"]) == {"id"}
+    assert sorted(problems["image_id"]) == sorted(table.loc[table["prediction_id"] == first[0], "image_id"])
+
+
+def test_without_a_side_in_the_table_the_files_own_is_taken(copy: Path, run: Path, through_store: Path):
+    _edit(copy, lambda table: table.drop(columns=["laterality", "prediction_id"]))
+    summary, out = _straight(copy, run)
+    assert summary.exit_code == 0
+    assert out.read_bytes() == through_store.read_bytes()
+
+
+def test_a_picture_without_any_side_keeps_a_row_of_its_own_and_is_named(copy: Path, run: Path, through_store: Path):
+    import pydicom
+
+    table = _edit(copy, lambda table: table.drop(columns=["laterality", "prediction_id"]))
+    lost = table.iloc[0]
+    path = copy / "test_images" / lost["patient_id"] / f"{lost['image_id']}.dcm"
+    dataset = pydicom.dcmread(path)
+    del dataset.ImageLaterality
+    dataset.save_as(path)
+    summary, out = _straight(copy, run)
+    found, problems = pd.read_csv(out), _problems(out)
+    assert summary.exit_code == 3
+    assert found["prediction_id"].iloc[0] == f"{lost['patient_id']}_"
+    assert problems[["image_id", "reason"]].to_numpy().tolist() == [[lost["image_id"], "laterality"]]
+    assert set(pd.read_csv(through_store)["prediction_id"]) >= set(found["prediction_id"].iloc[1:])
+
+
+def test_labels_in_the_table_change_nothing(copy: Path, run: Path, through_store: Path):
+    _edit(copy, lambda table: table.assign(cancer="1"))
+    _, out = _straight(copy, run)
+    assert out.read_bytes() == through_store.read_bytes()
+
+
+def test_a_folder_without_a_table_is_predicted_by_what_the_files_say(data: Path, run: Path, tmp_path: Path):
+    images = tmp_path / "images"
+    for path in sorted((data / "test_images").rglob("*.dcm"))[:6]:
+        images.mkdir(exist_ok=True)
+        shutil.copy(path, images)
+    (images / "broken.dcm").write_bytes(b"no picture")
+    summary = predict([run], tmp_path / "s.csv", images=images, device="cpu", workers=1)
+    found, problems = pd.read_csv(tmp_path / "s.csv"), _problems(tmp_path / "s.csv")
+    assert summary.exit_code == 3
+    assert problems["image_id"].tolist() == ["broken"]
+    assert len(pd.read_csv(tmp_path / "predictions_images.csv")) == 7
+    assert found["prediction_id"].str.fullmatch(r"p[0-9a-f]{16}_[LR]").sum() == len(found) - (
+        "broken_" in set(found["prediction_id"])
+    )
+
+
+def test_damaged_tiles_fall_back_and_are_named(data: Path, run: Path, tmp_path: Path, through_store: Path):
+    store = tmp_path / "store"
+    shutil.copytree(data / "store", store)
+    row = open_store(store).manifest.iloc[2]
+    tile = store / row["path_96"]
+    spoilt = bytearray(tile.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1
+    tile.write_bytes(bytes(spoilt))
+    summary = predict([run], tmp_path / "s.csv", store=store, csv=data / "test.csv", device="cpu")
+    assert summary.exit_code == 3
+    assert _problems(tmp_path / "s.csv")[["image_id", "reason"]].to_numpy().tolist() == [[row["image_id"], "damaged"]]
+    before = pd.read_csv(through_store).set_index("prediction_id")["cancer"]
+    after = pd.read_csv(tmp_path / "s.csv").set_index("prediction_id")["cancer"]
+    assert (before != after)[lambda changed: changed].index.tolist() == [row["prediction_id"]]
+
+
+def test_runs_of_different_size_aggregation_and_weight_are_averaged_a_breast_at_a_time(
+    data: Path, run: Path, through_store: Path, tmp_path: Path
+):
+    other = make_run(tmp_path / "other", "pipeline.height=96", "train.aggregate=max", folds=1, seed=7)
+    source = {"store": data / "store", "csv": data / "test.csv", "device": "cpu"}
+    predict([other], tmp_path / "other.csv", **source)
+    pictures = pd.read_csv(tmp_path / "predictions_images.csv")
+    alone = pd.read_csv(tmp_path / "other.csv")
+    highest = pictures.groupby("prediction_id")["prediction"].max()
+    np.testing.assert_array_equal(alone["cancer"], highest[alone["prediction_id"]])
+    predict([run, other], tmp_path / "both.csv", weights=(1, 3), **source)
+    both = pd.read_csv(tmp_path / "both.csv")
+    expected = 0.25 * pd.read_csv(through_store)["cancer"] + 0.75 * alone["cancer"]
+    np.testing.assert_allclose(both["cancer"], expected, rtol=1e-12)
+
+
+def test_a_single_fold_can_be_named(data: Path, run: Path, tmp_path: Path, through_store: Path):
+    parts = []
+    for fold in ("fold0", "fold1"):
+        predict([run / fold], tmp_path / f"{fold}.csv", store=data / "store", csv=data / "test.csv", device="cpu")
+        parts.append(pd.read_csv(tmp_path / f"{fold}.csv")["cancer"])
+    assert not np.allclose(parts[0], parts[1])
+    np.testing.assert_allclose(pd.read_csv(through_store)["cancer"], (parts[0] + parts[1]) / 2, rtol=1e-12)
+
+
+def test_mirror_images_are_averaged_in(data: Path, run: Path, tmp_path: Path, through_store: Path):
+    source = {"store": data / "store", "csv": data / "test.csv", "device": "cpu"}
+    predict([run], tmp_path / "tta.csv", tta=True, **source)
+    plain, averaged = pd.read_csv(through_store)["cancer"], pd.read_csv(tmp_path / "tta.csv")["cancer"]
+    assert (plain != averaged).any()
+    ensemble = open_ensemble([run], "cpu")
+    image = torch.randn(3, 1, 64, 64)
+    member = ensemble.groups[0].members[0]
+    with torch.inference_mode():
+        once, mirrored = (ensemble._probabilities(member, each, False) for each in (image, image.flip(3)))
+        both = ensemble._probabilities(member, image, True)
+    torch.testing.assert_close(both, (once + mirrored) / 2)
+
+
+def test_progress_reaches_its_total(data: Path, run: Path, tmp_path: Path):
+    seen: list[Progress] = []
+    predict(
+        [run],
+        tmp_path / "s.csv",
+        images=data / "test_images",
+        csv=data / "test.csv",
+        device="cpu",
+        progress=seen.append,
+    )
+    assert [each.done for each in seen] == sorted(each.done for each in seen)
+    assert (seen[-1].done, seen[-1].total) == (30, 30)
+
+
+def test_a_store_converted_otherwise_is_refused(data: Path, tmp_path: Path):
+    other = make_run(tmp_path / "run", folds=1, settings=SETTINGS.model_copy(update={"crop": False}))
+    with pytest.raises(StoreError, match=r"crop = True.*crop = False"):
+        predict([other], tmp_path / "s.csv", store=data / "store", device="cpu")
+
+
+def test_tile_codec_and_size_do_not_matter_to_it(data: Path, tmp_path: Path):
+    other = make_run(tmp_path / "run", folds=1, settings=SETTINGS.model_copy(update={"codec": "lzw", "tile": 64}))
+    assert predict([other], tmp_path / "s.csv", store=data / "store", device="cpu").exit_code == 0
+
+
+def test_runs_of_differently_converted_stores_are_refused(run: Path, tmp_path: Path):
+    other = make_run(tmp_path / "run", folds=1, settings=SETTINGS.model_copy(update={"levels": ("full",)}))
+    with pytest.raises(RunError, match="levels"):
+        open_ensemble([run, other], "cpu")
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, -1), (0, 0), (1, float("nan"))])
+def test_impossible_weights_are_refused(weights: tuple[float, ...], run: Path, tmp_path: Path):
+    other = make_run(tmp_path / "run", folds=1)
+    with pytest.raises(InputError, match="weights"):
+        open_ensemble([run, other], "cpu", weights)
+
+
+def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path):
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun)
+    (begun / "fold1" / runs.BEST).unlink()
+    with pytest.raises(RunError, match="fold1"):
+        open_ensemble([begun], "cpu")
+
+
+def test_what_is_written_can_be_told_apart_from_what_was_there(data: Path, run: Path, tmp_path: Path):
+    """A failure in the middle leaves the old submission whole."""
+    out = tmp_path / "submission.csv"
+    out.write_text("old\n")
+    with pytest.raises(RunError):
+        predict([tmp_path / "no-run"], out, store=data / "store", device="cpu")
+    assert out.read_text() == "old\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["submission.csv"]
+    predict([run], out, store=data / "store", device="cpu")
+    assert hashlib.sha256(out.read_bytes()).hexdigest() != hashlib.sha256(b"old\n").hexdigest()
+    assert not list(tmp_path.glob("*.tmp"))

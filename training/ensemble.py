@@ -1,0 +1,284 @@
+"""The models of one or more runs, and what they say together of a set of pictures.
+
+Folds of a run are averaged as probabilities. Runs keep their own pipeline, precision and aggregation, and are averaged
+with weights, a breast at a time. Folds and runs that see the same tensors share one loader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dali_pipes.settings import LoaderSettings, PipelineSettings
+from preprocessing.errors import InputError, RunError, StoreError
+from preprocessing.manifest import Store, open_store
+from preprocessing.settings import ConvertSettings
+from training import metrics, runs
+from training.build import pick_device, pick_precision
+from training.model import MammoModel
+from training.runs import FoldRun
+
+# Settings of a conversion that change what a model sees; the others only change how tiles are kept.
+DECISIVE = ("levels", "crop", "crop_margin", "frame")
+# A damaged tile costs its picture alone here, however many there are.
+_NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One fold's model; `run` is its run's position in the ensemble."""
+
+    run: int
+    model: MammoModel
+    precision: torch.dtype
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that see the same tensors."""
+
+    pipeline: PipelineSettings
+    loader: LoaderSettings
+    seed: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Models ready to predict.
+
+    Attributes:
+        names: one a run.
+        groups: the members, by the tensors that they see.
+        weights: of each run, float64 [runs], summing to 1.
+        aggregates: each run's way from pictures to a breast.
+        prior: share of breasts with cancer among those that the runs were validated on.
+        settings: the conversion that the runs were trained on.
+        device: where the models are.
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[Group, ...]
+    weights: NDArray[np.float64]
+    aggregates: tuple[str, ...]
+    prior: float
+    settings: ConvertSettings
+    device: torch.device
+
+    @property
+    def batch(self) -> int:
+        """Rows after which every group's batches are whole: chunks of a multiple of it have the same batches."""
+        return math.lcm(*(group.loader.val_batch_size for group in self.groups))
+
+    @property
+    def longest_side(self) -> int:
+        """The longest side of any group's tensors, in pixels."""
+        return max(max(group.pipeline.height, group.pipeline.width) for group in self.groups)
+
+    def predict(
+        self, store: Store, rows: pd.DataFrame, tta: bool = False, done: Callable[[int], None] | None = None
+    ) -> NDArray[np.float64]:
+        """Predict a set of pictures.
+
+        Args:
+            store: where the rows' tiles are.
+            rows: of a manifest, with a fresh index.
+            tta: average each prediction with that of the picture's left-right mirror image.
+            done: told the number of rows that all groups have finished since it was last told.
+
+        Returns:
+            float64 [rows, runs]: each run's probability, the mean of its folds; NaN where the tile is damaged or the
+            models gave no finite number.
+        """
+        sums = np.zeros((len(rows), len(self.names)))
+        counts = np.zeros(len(self.names))
+        for last, group in zip([*[False] * (len(self.groups) - 1), True], self.groups, strict=True):
+            for index, found in self._run_group(group, store, rows, tta):
+                for member, probabilities in zip(group.members, found, strict=True):
+                    sums[index, member.run] += probabilities
+                if last and done:
+                    done(len(index))
+            for member in group.members:
+                counts[member.run] += 1
+        means = sums / counts
+        return np.where(np.isfinite(means).all(axis=1, keepdims=True), means, np.nan)
+
+    def combine(self, frame: pd.DataFrame, by_run: NDArray[np.float64]) -> pd.Series:
+        """One probability a breast.
+
+        Args:
+            frame: `prediction_id` of each picture.
+            by_run: probabilities, float64 [pictures, runs], all finite.
+
+        Returns:
+            Probabilities in [0, 1] by `prediction_id`: each run's pictures aggregated its own way, then averaged.
+        """
+        breasts = pd.Series(dtype=np.float64)
+        for run, aggregate in enumerate(self.aggregates):
+            pictures = pd.Series(by_run[:, run], index=frame.index)
+            part = metrics.aggregate_predictions(pictures, frame["prediction_id"], aggregate) * self.weights[run]
+            breasts = part if run == 0 else breasts + part
+        return breasts.clip(0, 1)
+
+    @torch.inference_mode()
+    def _run_group(self, group: Group, store: Store, rows: pd.DataFrame, tta: bool):
+        """Positions int64 [B] and, a member each, probabilities float64 [B] (NaN where damaged), batch by batch."""
+        from dali_pipes.loader import Loader
+
+        loader = Loader(
+            store, rows, group.pipeline, group.loader, seed=group.seed, train=False, device=str(self.device)
+        )
+        with loader:
+            for batch in loader.epoch(0):
+                image = batch["image"].to(self.device, non_blocking=True)
+                ok = batch["ok"].cpu().numpy()
+                found = [self._probabilities(member, image, tta) for member in group.members]
+                index = batch["index"].cpu().numpy()
+                yield index, [np.where(ok, each.cpu().numpy().astype(np.float64), np.nan) for each in found]
+
+    def _probabilities(self, member: Member, image: Tensor, tta: bool) -> Tensor:
+        """Probabilities, float32 [B], of pictures [B, C, H, W], as validation computes them."""
+        layout = torch.channels_last if member.channels_last else torch.contiguous_format
+        views = [image, image.flip(3)] if tta else [image]
+        enabled = member.precision != torch.float32
+        probabilities = []
+        for view in views:
+            with torch.autocast(self.device.type, member.precision, enabled=enabled):
+                logits = member.model(view.contiguous(memory_format=layout))
+            probabilities.append(torch.sigmoid(logits))
+        return torch.stack(probabilities).mean(dim=0) if tta else probabilities[0]
+
+
+def open_ensemble(folders: Sequence[Path], device: str = "auto", weights: Sequence[float] | None = None) -> Ensemble:
+    """Load the best model of every fold of every run.
+
+    Args:
+        folders: run folders (`runs/NAME`, all its folds) or single folds of them (`runs/NAME/fold0`).
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        weights: one a run, not negative; equal ones without it.
+
+    Raises:
+        RunError: a run is missing, unfinished or damaged, or the runs were trained on stores converted differently.
+        InputError: impossible weights, or the same run twice.
+        ConfigError: a GPU is asked for that is not there.
+    """
+    if not folders:
+        raise InputError("predict needs at least one run folder; give one with --runs.")
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise InputError("--runs: the same run is named twice; name each once, and weigh them with weights.")
+    place = pick_device(device)
+    by_run = [_folds(Path(folder)) for folder in folders]
+    folds = [(number, fold) for number, found in enumerate(by_run) for fold in found]
+    settings = _common_settings([fold for _, fold in folds])
+    grouped: dict[str, list[tuple[int, FoldRun]]] = {}
+    for number, fold in folds:
+        config = fold.config
+        pipeline = config.pipeline.model_copy(update={"augment": PipelineSettings().augment})  # never used here
+        key = f"{pipeline.model_dump_json()} {config.data.loader.val_batch_size}"
+        grouped.setdefault(key, []).append((number, fold))
+    return Ensemble(
+        names=tuple(str(folder) for folder in folders),
+        groups=tuple(_group(members, place) for members in grouped.values()),
+        weights=_weights(weights, len(folders)),
+        aggregates=tuple(found[0].config.train.aggregate for found in by_run),
+        prior=_prior(by_run),
+        settings=settings,
+        device=place,
+    )
+
+
+def require_same_conversion(ensemble: Ensemble, store: Store) -> None:
+    """Refuse a store whose pictures were prepared otherwise than those that the models learnt from.
+
+    Raises:
+        StoreError: names the first setting that differs.
+    """
+    for name in DECISIVE:
+        here, there = getattr(store.settings, name), getattr(ensemble.settings, name)
+        if here != there:
+            raise StoreError(
+                f"{store.root}: converted with {name} = {_plain(here)}, but the runs were trained on a store with "
+                f"{name} = {_plain(there)}. Convert these pictures with the same settings into another folder."
+            )
+
+
+def _folds(folder: Path) -> list[FoldRun]:
+    """The folds that a folder stands for: its own, or itself."""
+    number = re.fullmatch(r"fold(\d+)", folder.name)
+    if number and (folder / runs.CONFIG).is_file():
+        return [FoldRun(folder, int(number[1]))]
+    return list(runs.open_run(folder).folds)
+
+
+def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Group:
+    config = members[0][1].config
+    loader = config.data.loader.model_copy(update={"cache": "none", "max_bad_samples": _NO_LIMIT})
+    loaded = []
+    for number, fold in members:
+        model, _ = runs.load_model(fold, device)
+        channels_last = fold.config.model.channels_last
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        precision = pick_precision(fold.config.train.precision, device)
+        loaded.append(Member(number, model, precision, channels_last))
+    return Group(config.pipeline, loader, config.data.seed, tuple(loaded))
+
+
+def _common_settings(folds: Sequence[FoldRun]) -> ConvertSettings:
+    """The conversion behind every fold; folds of differently converted stores cannot share their input."""
+    found = [(fold, _settings(fold)) for fold in folds]
+    for (one, a), (other, b) in itertools.pairwise(found):
+        for name in DECISIVE:
+            if getattr(a, name) != getattr(b, name):
+                raise RunError(
+                    f"{one.folder} was trained on a store with {name} = {_plain(getattr(a, name))}, {other.folder} "
+                    f"with {name} = {_plain(getattr(b, name))}. Predict with each alone and average the submissions."
+                )
+    return found[0][1]
+
+
+def _settings(fold: FoldRun) -> ConvertSettings:
+    """The settings of the store that a fold was trained on, as its run recorded them, else as the store says."""
+    recorded = fold.environment.get("store_settings")
+    if recorded is not None:
+        return ConvertSettings.model_validate(recorded)
+    try:
+        return open_store(fold.environment.get("store", "")).settings
+    except StoreError:
+        raise RunError(
+            f"{fold.folder / runs.ENVIRONMENT}: does not say how the training pictures were converted, and their store "
+            f"{fold.environment.get('store')} is not there. Train the run again."
+        ) from None
+
+
+def _prior(by_run: Sequence[Sequence[FoldRun]]) -> float:
+    """Share of breasts with cancer among those validated on, each run counted once; 0.5 a breast is added to either
+    class, so that it is never 0 or 1 (Krichevsky & Trofimov 1981)."""
+    shares = []
+    for folds in by_run:
+        pictures = pd.concat([fold.validation for fold in folds], ignore_index=True)
+        labels = pictures.groupby("prediction_id")["cancer"].max().dropna()
+        shares.append((float(labels.sum()) + 0.5) / (len(labels) + 1))
+    return float(np.mean(shares))
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:
+    given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    if len(given) != count or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+        raise InputError(f"weights: expected {count} numbers of 0 or more, not all 0; found {list(weights or [])}.")
+    return given / given.sum()
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

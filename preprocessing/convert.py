@@ -11,6 +11,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -169,8 +170,9 @@ class _Run:
         else:
             outcomes = workers_module.run_local(ingest.ingest, self._missing(), count, limits)
         try:
-            for outcome in outcomes:
-                self._note(outcome)
+            with closing(outcomes):
+                for outcome in outcomes:
+                    self._note(outcome)
         except ingest.WriteError as error:
             raise StoreError(
                 f"{self._out}: cannot be written: {error}. Make room and run the same command again; "

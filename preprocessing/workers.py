@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import TimeoutError as TimedOut
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import psutil
@@ -127,46 +128,46 @@ def run_local(
 ) -> Generator[Outcome, None, None]:
     """Outcomes of `function` over `tasks`, in the order in which they come, from `workers` processes (0: one a core).
 
-    Tasks are drawn as they are needed; nothing is kept of a task whose outcome was taken.
+    Tasks are drawn as they are needed, by the thread that takes the outcomes; nothing is kept of a task whose outcome
+    was taken. Close the generator to end the processes early.
     """
     count = workers or available_cores()
-    source, draw = iter(tasks), threading.Lock()
-    results: queue.Queue[Any] = queue.Queue(maxsize=4 * count)
-    stop = threading.Event()
+    source = iter(tasks)
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    stop = object()
 
     def work() -> None:
         sandbox = Sandbox(function, limits)
         try:
-            while not stop.is_set():
-                with draw:
-                    task = next(source, stop)
-                if task is stop:
-                    break
-                for outcome in sandbox.run(task):
-                    results.put(outcome)
+            while (task := waiting.get()) is not stop:
+                results.put(sandbox.run(task))
         except BaseException as error:  # noqa: BLE001  raised again where the outcomes are taken
             results.put(error)
         finally:
             sandbox.close()
-            results.put(stop)
 
     threads = [threading.Thread(target=work, name=f"convert-{i}", daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
-    running = count
     try:
-        while running:
-            item = results.get()
-            if item is stop:
-                running -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
+        in_flight = 0
+        while True:
+            for task in islice(source, 2 * count - in_flight):
+                waiting.put(task)
+                in_flight += 1
+            if not in_flight:
+                return
+            outcomes = results.get()
+            if isinstance(outcomes, BaseException):
+                raise outcomes
+            in_flight -= 1
+            yield from outcomes
     finally:
-        stop.set()
-        while running:
-            running -= results.get() is stop
+        while not waiting.empty():
+            waiting.get_nowait()
+        for _ in threads:
+            waiting.put(stop)
         for thread in threads:
             thread.join()
 

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from training.config import MonitorSettings
+from training.gpu import GpuReader
+from training.monitor import TrainingMonitor
+from training.trackers import Tracker, flatten, numbers
+
+FAST = MonitorSettings(interval_s=0.02)
+
+
+class SimulatedNvml:
+    """Answers like pynvml for machines that are not here: several GPUs, MIG, figures not given, a GPU lost."""
+
+    def __init__(self, count: int = 1, mig: bool = False, init_fails: bool = False) -> None:
+        self.count, self.mig, self.init_fails = count, mig, init_fails
+        self.lost: set[int] = set()
+        self.reasons = 0
+
+    def nvmlInit(self):
+        if self.init_fails:
+            raise OSError("NVML Shared Library Not Found")
+
+    def nvmlShutdown(self):
+        pass
+
+    def nvmlSystemGetDriverVersion(self):
+        return b"580.00"
+
+    def nvmlDeviceGetCount(self):
+        return self.count
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetName(self, handle):
+        return f"Simulated GPU {handle}"
+
+    def nvmlDeviceGetMigMode(self, handle):
+        if not self.mig:
+            raise RuntimeError("Not Supported")
+        return (1, 1)
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        if handle in self.lost:
+            raise RuntimeError("GPU is lost")
+        return SimpleNamespace(total=80 * 2**30, used=(handle + 1) * 2**30)
+
+    def nvmlDeviceGetUtilizationRates(self, handle):
+        if self.mig:
+            raise RuntimeError("Not Supported")
+        return SimpleNamespace(gpu=50 + handle)
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 300_000
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        raise RuntimeError("Not Supported")
+
+    def nvmlDeviceGetDecoderUtilization(self, handle):
+        return [7, 1000]
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
+        return self.reasons
+
+    def nvmlDeviceGetPcieThroughput(self, handle, counter):
+        return 2048
+
+    def nvmlDeviceGetTemperature(self, handle, sensor):
+        return 60
+
+    def nvmlDeviceGetClockInfo(self, handle, clock):
+        return 1700
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle):
+        return [1, 2]
+
+
+def test_every_gpu_is_read_in_plain_units():
+    read = GpuReader(SimulatedNvml(count=2)).read()
+    assert [gpu["memory_mb"] for gpu in read] == [1024, 2048]
+    assert [gpu["utilisation"] for gpu in read] == [50, 51]
+    assert read[0] | {"memory_mb": 0, "utilisation": 0} == {
+        "memory_mb": 0,
+        "utilisation": 0,
+        "power_w": 300,
+        "temperature_c": 60,
+        "sm_clock_mhz": 1700,
+        "decoder": 7,
+        "pcie_in_mb_s": 2,
+        "processes": 2,
+    }
+
+
+def test_figures_that_a_gpu_does_not_give_are_left_out():
+    reader = GpuReader(SimulatedNvml(mig=True))
+    assert "utilisation" not in reader.read()[0]
+    assert "energy_j" not in reader.read()[0]
+    assert reader.describe()[0]["mig"]
+
+
+@pytest.mark.parametrize("nvml", [SimulatedNvml(init_fails=True), SimulatedNvml(count=0)])
+def test_no_driver_and_no_gpu_are_harmless(nvml):
+    reader = GpuReader(nvml)
+    assert reader.read() == []
+    assert reader.problem
+    reader.close()
+
+
+def test_a_gpu_lost_in_mid_run_says_so_and_ends_nothing():
+    nvml = SimulatedNvml(count=2)
+    reader = GpuReader(nvml)
+    nvml.lost.add(1)
+    assert reader.read()[1] == {"lost": True}
+    assert reader.read()[0]["memory_mb"] == 1024
+
+
+def _wait_for_samples(monitor: TrainingMonitor) -> None:
+    end = time.monotonic() + 20
+    while monitor.summary()["samples"] < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+class Kept(Tracker):
+    def __init__(self):
+        self.seen: list[tuple[str, dict[str, float], int]] = []
+        self.closed = False
+
+    def log(self, kind, figures, step):
+        self.seen.append((kind, dict(figures), step))
+
+    def close(self):
+        self.closed = True
+
+
+def test_samples_and_records_reach_the_file_and_the_trackers(tmp_path: Path):
+    tracker = Kept()
+    with TrainingMonitor(tmp_path, FAST, [tracker], nvml=SimulatedNvml()) as monitor:
+        monitor.log("epoch", {"epoch": 0, "step": 12, "auroc": 0.75, "val_loss": float("nan")})
+        _wait_for_samples(monitor)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    epoch = next(record for record in records if record["kind"] == "epoch")
+    assert epoch["auroc"] == 0.75
+    assert epoch["val_loss"] is None  # JSON has no NaN
+    resources = [record for record in records if record["kind"] == "resources"]
+    assert len(resources) >= 3
+    assert resources[0]["gpu0"]["utilisation"] == 50
+    assert resources[0]["rss_mb"] > 10
+    assert resources[0]["step"] == 12
+    assert records[-1]["kind"] == "summary"
+    assert ("epoch", {"epoch": 0.0, "auroc": 0.75}, 12) in tracker.seen
+    assert tracker.closed
+
+
+def test_summary_gives_means_and_peaks_of_every_figure():
+    with TrainingMonitor(None, FAST, nvml=SimulatedNvml()) as monitor:
+        _wait_for_samples(monitor)
+        summary = monitor.summary()
+    assert summary["gpu0.power_w_mean"] == 300
+    assert summary["gpu0.memory_mb_peak"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({"data": 3.0, "compute": 7.0}, "30% of the time is spent waiting for data"),
+        ({"data": 0.1, "transfer": 3.0, "compute": 7.0}, "copying batches"),
+        ({"data": 0.1, "compute": 9.9}, "The model itself limits this run"),
+        ({}, "Nothing was timed"),
+    ],
+)
+def test_advice_tells_starvation_from_saturation(monkeypatch, seconds, expected):
+    clock = [0.0]
+    monkeypatch.setattr("training.monitor.time.perf_counter", lambda: clock[0])
+    monitor = TrainingMonitor(None, FAST, nvml=SimulatedNvml(count=0))
+    for phase, duration in seconds.items():
+        with monitor.time(phase):
+            clock[0] += duration
+    assert expected in monitor.summary()["advice"]
+
+
+def test_throttling_is_told():
+    nvml = SimulatedNvml()
+    nvml.reasons = 0x40
+    with TrainingMonitor(None, FAST, nvml=nvml) as monitor:
+        with monitor.time("compute"):
+            pass
+        _wait_for_samples(monitor)
+        assert "hardware thermal" in monitor.summary()["advice"]
+
+
+def test_flatten_and_numbers_keep_finite_numbers_with_dotted_names():
+    tree = {"a": {"b": 1, "c": "text"}, "d": float("inf"), "e": 2.5}
+    assert flatten(tree) == {"a.b": 1, "a.c": "text", "d": float("inf"), "e": 2.5}
+    assert numbers(tree) == {"a.b": 1.0, "e": 2.5}

@@ -1,0 +1,189 @@
+"""Watches what a job costs: a thread samples GPUs (NVML) and this process tree (psutil); phases add up the waiting."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from training.config import MonitorSettings
+from training.gpu import GpuReader
+from training.runs import RECORDS, plain
+from training.trackers import Tracker, numbers
+
+STARVING = 0.10  # share of the time spent waiting for data above which the loader is what limits a run
+
+
+class TrainingMonitor:
+    """Samples resources in the background, times phases, and writes records to metrics.jsonl and the trackers.
+
+    Use as a context manager. It never fails a job: where there is no NVIDIA driver it watches the rest.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        settings: MonitorSettings,
+        trackers: Sequence[Tracker] = (),
+        nvml: Any = None,
+    ) -> None:
+        """
+        Args:
+            directory: where metrics.jsonl is; None writes no file.
+            settings: how often to sample.
+            trackers: further sinks of the figures.
+            nvml: the pynvml module, or something that answers like it.
+        """
+        self._path = directory / RECORDS if directory is not None else None
+        self._interval = settings.interval_s
+        self._trackers = trackers
+        self._gpus = GpuReader(nvml)
+        self._lock = threading.Lock()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._samples = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._peaks: dict[str, float] = {}
+        self._latest: dict[str, Any] = {}
+        self._slowed: set[str] = set()
+        self._step = 0
+
+    def __enter__(self) -> TrainingMonitor:
+        self._process = psutil.Process()
+        self._counters = _Counters(self._process)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        if self._samples:
+            self.log("summary", self.summary())
+        for tracker in self._trackers:
+            tracker.close()
+        self._gpus.close()
+
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl and hand the record's numbers to the trackers."""
+        self._step = int(record.get("step", self._step))
+        line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), "step": self._step, **record}))
+        with self._lock:
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            figures = numbers({name: value for name, value in record.items() if name != "step"})
+            for tracker in self._trackers:
+                tracker.log(kind, figures, self._step)
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the block's seconds to a phase: "data" (waiting for it), "transfer" or "compute"."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def resources(self) -> dict[str, Any]:
+        """The latest sample; empty before the first."""
+        return dict(self._latest)
+
+    def summary(self) -> dict[str, Any]:
+        """Means and peaks of every figure, shares of the phases, and one sentence on what limits the job."""
+        with self._lock:
+            means = {f"{name}_mean": total / self._samples for name, total in self._sums.items() if self._samples}
+            figures = means | {f"{name}_peak": peak for name, peak in self._peaks.items()}
+        total = sum(self._seconds.values())
+        shares = {phase: seconds / total for phase, seconds in self._seconds.items()} if total else {}
+        figures = {**{name: round(value, 2) for name, value in sorted(figures.items())}, "samples": self._samples}
+        return {**figures, "shares": {k: round(v, 4) for k, v in shares.items()}, "advice": self._advice(shares, means)}
+
+    def _advice(self, shares: Mapping[str, float], means: Mapping[str, float]) -> str:
+        waiting = shares.get("data", 0.0)
+        utilisation = [value for name, value in means.items() if name.startswith("gpu") and "utilisation" in name]
+        if not shares:
+            return "Nothing was timed."
+        if self._slowed:
+            return f"The GPU is held down by its {', '.join(sorted(self._slowed))}: look at cooling and power limits."
+        if waiting > STARVING:
+            return (
+                f"{waiting:.0%} of the time is spent waiting for data, which limits this run: try "
+                "data.loader.cache=host, more data.loader.threads, or a store with codec none."
+            )
+        if shares.get("transfer", 0.0) > STARVING:
+            share = f"{shares['transfer']:.0%}"
+            return f"{share} of the time goes into copying batches to the device: a larger batch may help."
+        if utilisation and sum(utilisation) / len(utilisation) < 70:
+            return "Data comes in time but the GPU idles between kernels: try a larger batch or model.compile=true."
+        return f"The model itself limits this run; only {waiting:.1%} of the time is spent waiting for data."
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                sample = self._sample()
+            except psutil.Error:  # the process tree changed under the reader
+                continue
+            self._latest = sample
+            self._count(sample)
+            self.log("resources", sample)
+
+    def _sample(self) -> dict[str, Any]:
+        sample = self._counters.read()
+        gpus = self._gpus.read()
+        return {**sample, **{f"gpu{index}": figures for index, figures in enumerate(gpus)}}
+
+    def _count(self, sample: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._samples += 1
+            for name, value in numbers(sample).items():
+                self._sums[name] += value
+                self._peaks[name] = max(value, self._peaks.get(name, value))
+            self._slowed |= {v["slowed_by"] for v in sample.values() if isinstance(v, dict) and "slowed_by" in v}
+
+
+class _Counters:
+    """CPU, memory and traffic of this process and its children, as rates between two readings."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self._process = process
+        self._before = self._totals(), time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """cpu_percent (100 is one core), rss_mb, ram_percent, disk and network MiB/s."""
+        totals, now = self._totals(), time.perf_counter()
+        (before, then), self._before = self._before, (totals, now)
+        seconds = max(now - then, 1e-6)
+        rates = {name: max(0.0, totals[name] - before[name]) / seconds for name in totals if name != "rss_mb"}
+        return {
+            "cpu_percent": round(100 * rates["cpu"], 1),
+            "rss_mb": round(totals["rss_mb"], 1),
+            "ram_percent": psutil.virtual_memory().percent,
+            "disk_read_mb_s": round(rates["read"], 2),
+            "disk_write_mb_s": round(rates["write"], 2),
+            "network_mb_s": round(rates["network"], 2),
+        }
+
+    def _totals(self) -> dict[str, float]:
+        cpu = rss = read = write = 0.0
+        for process in [self._process, *self._process.children(recursive=True)]:
+            try:
+                with process.oneshot():
+                    times = process.cpu_times()
+                    cpu += times.user + times.system
+                    rss += process.memory_info().rss
+                    traffic = process.io_counters()
+                    read, write = read + traffic.read_bytes, write + traffic.write_bytes
+            except psutil.Error:
+                continue
+        network = psutil.net_io_counters()
+        moved = network.bytes_sent + network.bytes_recv if network else 0
+        mib = 2**20
+        return {"cpu": cpu, "rss_mb": rss / mib, "read": read / mib, "write": write / mib, "network": moved / mib}

@@ -222,7 +222,7 @@ def _problems(judged: pd.DataFrame, predicted: set[str]) -> pd.DataFrame:
     """Pictures that were not predicted, breasts that are not named, and ids that name several breasts."""
     lost = judged[judged["reason"] != ""]
     fallback = ["" if not each else "other views" if each in predicted else "prior" for each in lost["prediction_id"]]
-    unsure = judged[~judged["sure"]].assign(
+    unsure = judged[~judged["sure"] & (judged["reason"] == "")].assign(
         reason="laterality", detail="neither the table nor the file says which breast it shows", fallback=""
     )
     named = judged[(judged["patient_id"] != "") & (judged["laterality"] != "") & (judged["prediction_id"] != "")]

@@ -1,0 +1,145 @@
+"""The report: whole, self-contained and honest for finished, unfinished, one-sided and many runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from preprocessing.errors import RunError
+from training import report, runs
+from training.config import dump, load_config
+
+
+def make_run(root: Path, folds: int = 2, positives: bool = True, finished: bool = True) -> Path:
+    """A run folder with the files of the contract, as training writes them; figures drawn from a seed."""
+    config = load_config(overrides=("model.backbone=test_efficientnet", "pipeline.height=64", "pipeline.width=48"))
+    generator = np.random.default_rng(5)
+    for number in range(folds):
+        folder = root / f"fold{number}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+        runs.write_json(folder / "environment.json", {"store": str(root / "gone"), "store_fingerprint": "0"})
+        if not finished:
+            continue
+        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            for epoch in range(3):
+                figures = {"train_loss": 0.6 - epoch / 10, "val_loss": 0.65, "auroc": 0.6 + epoch / 10, "lr": 1e-4}
+                file.write(
+                    json.dumps({"kind": "epoch", "epoch": epoch, "step": epoch, "time": epoch, **figures}) + "\n"
+                )
+                sample = {"cpu_percent": 150.0, "rss_mb": 900.0, "gpu0": {"utilisation": 95, "memory_mb": 1e4}}
+                file.write(json.dumps({"kind": "resources", "time": 60.0 * epoch, "step": epoch, **sample}) + "\n")
+            file.write(json.dumps({"kind": "summary", "time": 200, "step": 3, "advice": "All is well."}) + "\n")
+        ids = [f"{number}{index:03d}" for index in range(80)]
+        cancer = generator.integers(0, 2, 80) if positives else np.zeros(80, int)
+        table = pd.DataFrame(
+            {
+                "image_id": ids,
+                "patient_id": [f"p{identifier}" for identifier in ids],
+                "laterality": "L",
+                "view": ["CC", "MLO"] * 40,
+                "prediction_id": [f"p{identifier}_L" for identifier in ids],
+                "cancer": cancer,
+                "site_id": "1",
+                "machine_id": generator.choice(["29", "49"], 80),
+                "age": generator.integers(40, 80, 80),
+                "density": generator.choice(["A", "B", ""], 80),
+                "implant": 0,
+                "fold": number,
+                "prediction": np.clip(0.3 + 0.3 * cancer + generator.normal(0, 0.2, 80), 0, 1),
+            }
+        )
+        runs.write_table(folder / runs.VALIDATION, table)
+        runs.write_json(folder / runs.SUMMARY, {})
+    return root
+
+
+class Page(HTMLParser):
+    """Counts what a browser would load, draw and read out."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.unnamed: list[str] = []
+        self.figures = 0
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.loads += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href") and v and not v.startswith(("data:", "#"))
+        ]
+        if tag == "svg":
+            self.figures += 1
+            if not found.get("aria-label"):
+                self.unnamed.append(tag)
+        if tag == "img" and not found.get("alt"):
+            self.unnamed.append(tag)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Page:
+    return Page(report.write_report([make_run(tmp_path_factory.mktemp("report") / "good")]))
+
+
+def test_page_loads_nothing_from_elsewhere(page):
+    assert page.loads == []
+    assert "<script" not in page.text
+
+
+def test_every_figure_and_picture_has_a_name(page):
+    assert page.figures >= 10
+    assert page.unnamed == []
+
+
+def test_summary_says_what_was_judged(page):
+    assert re.search(r"Judged on 160 breasts that its models had not seen, \d+ of them with cancer", page.text)
+    assert "All is well." in page.text
+
+
+def test_figures_take_the_colour_of_the_page(page):
+    assert "#010203" not in page.text
+    assert "currentColor" in page.text
+
+
+def test_ids_that_are_jumped_to_exist(page):
+    targets = set(re.findall(r'href="#([\w-]+)"', page.text.split("<h3")[0]))
+    assert targets
+    assert all(f'id="{target}"' in page.text for target in targets)
+
+
+def test_an_unfinished_run_is_reported_as_such(tmp_path):
+    text = Page(report.write_report([make_run(tmp_path / "run", finished=False)])).text
+    assert "nothing to judge" in text
+    assert "No epoch has ended yet" in text
+
+
+def test_a_run_without_positives_has_no_ranking(tmp_path):
+    text = Page(report.write_report([make_run(tmp_path / "run", positives=False)])).text
+    assert "ranking cannot be judged" in text
+    assert 'aria-label="ROC"' not in text
+
+
+def test_many_runs_are_compared_and_few_shown_in_full(tmp_path):
+    many = [make_run(tmp_path / f"run{index:02d}", folds=1, finished=index < 5) for index in range(50)]
+    text = Page(report.write_report(many, tmp_path / "all.html")).text
+    assert all(f"run{index:02d}" in text for index in range(50))
+    assert f"The first {report.MOST_IN_FULL} runs are shown in full" in text
+
+
+def test_ids_with_markup_are_shown_as_text(tmp_path):
+    text = Page(report.write_report([make_run(tmp_path / "<b>run & co")])).text
+    assert "&lt;b&gt;run &amp; co" in text
+    assert "<b>run" not in text
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="no trained fold"):
+        report.write_report([tmp_path])

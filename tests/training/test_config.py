@@ -1,0 +1,106 @@
+"""CFG: defaults of the mission, presets, overrides, debug mode, and errors that name the place."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import yaml
+
+from preprocessing.errors import ConfigError
+from preprocessing.settings import ConvertSettings
+from training.config import CFG, Config, checked, dump, load_config, presets, validate
+
+
+def test_defaults_are_the_missions():
+    assert CFG.model.backbone == "efficientnet_b3"
+    assert (CFG.pipeline.height, CFG.pipeline.width) == (512, 512)
+    assert (CFG.data.loader.batch_size, CFG.data.loader.val_batch_size) == (8, 32)
+    assert (CFG.train.lr, CFG.train.weight_decay) == (1e-4, 1e-6)
+    assert (CFG.train.loss, CFG.train.patience) == ("focal", 3)
+    assert load_config("default") == CFG == load_config(None)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_valid_and_name_models_that_timm_has(name):
+    assert timm.is_model(load_config(name).model.backbone)
+
+
+def test_the_presets_of_the_mission_are_there():
+    assert {"default", "small-cpu", "demo", "high-resolution", "rsna-subset"} <= set(presets())
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  lr: 0.01\n  epochs: 7\n")
+    config = load_config(path, ("train.lr=3e-4", "train.epochs=2", "train.epochs=5"))
+    assert (config.train.lr, config.train.epochs) == (3e-4, 5)
+
+
+def test_values_are_read_as_yaml():
+    config = load_config(None, ("model.aux=[density, view]", "data.max_images=null", "model.compile=true"))
+    assert config.model.aux == ("density", "view")
+    assert config.data.max_images is None
+    assert config.model.compile is True
+
+
+def test_debug_mode_takes_a_subset_and_an_explicit_override_wins():
+    config = load_config(None, ("train.max_steps=9",), debug=True)
+    assert config.debug
+    assert config.data.max_images == 48
+    assert config.train.max_steps == 9
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    config = load_config("high-resolution", ("model.aux=[density]", "train.class_weights=2.5"))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load_config(path) == config == validate(yaml.safe_load(dump(config)), "saved")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"unknown setting 'train\.epoch'.*Did you mean 'epochs'\?"),
+        ("trian.epochs=3", r"unknown setting 'trian'.*Did you mean 'train'\?"),
+        ("train.lr=-1", r"train\.lr = -1: input should be greater than 0"),
+        ("train.class_weights=often", r"train\.class_weights = 'often'"),
+        ("train.device=gpu", r"train\.device = 'gpu'"),
+        ("train.lr.x=1", "unknown setting|is a value|train.lr"),
+        ("pipeline.fixed_low=5000", r"fixed_high \(4095\.0\) must be above fixed_low \(5000"),
+        ("model.weights=file", "weights_file"),
+        ("data.folds=two", r"data\.folds = 'two'"),
+        ("train.lr", "expected NAME=VALUE"),
+        ("=3", "expected NAME=VALUE"),
+    ],
+)
+def test_an_impossible_setting_is_one_precise_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, (override,))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b\n", "found list"), ("train: [1\n", "not valid YAML"), ("train: 3\n", "train")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_names_the_presets():
+    with pytest.raises(ConfigError, match=r"no such file, nor a preset.*default.*small-cpu"):
+        load_config("nowhere.yaml")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert load_config(path) == Config()
+
+
+def test_checked_serves_other_settings_too():
+    with pytest.raises(ConfigError, match=r"convert: levels: levels are 'full' and whole numbers"):
+        checked(ConvertSettings, {"levels": ["big"]}, "convert")

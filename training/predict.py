@@ -9,10 +9,12 @@ else on the share of cancers in training, and is listed. Files written, each ato
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -69,6 +71,9 @@ def predict(
     tta: bool = False,
     weights: Sequence[float] | None = None,
     workers: int = 0,
+    explain: Path | None = None,
+    explain_threshold: float = 0.5,
+    explain_method: Literal["attention", "gradcam"] = "attention",
     progress: Report | None = None,
 ) -> PredictSummary:
     """Write a submission from runs and pictures.
@@ -83,6 +88,9 @@ def predict(
         tta: average each prediction with that of the mirror image.
         weights: one a run; equal ones without it.
         workers: decoding processes of `images`, 0 for one a core.
+        explain: folder for overlays of the pictures that reach `explain_threshold`; see `explain.py`.
+        explain_threshold: of a picture's probability.
+        explain_method: where the pooling looked, or what raised the probability.
         progress: told of the pictures done.
 
     Raises:
@@ -109,8 +117,11 @@ def predict(
         settings = narrowed(ensemble.settings, ensemble.longest_side)
         chunks = stream(images, files, listed is not None, settings, ensemble.batch, workers)
     asked = _asked_by_store(opened) if opened is not None and listed is None else _asked_by_table(files)
+    after = None
+    if explain is not None:
+        after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
     with chunks as taken:
-        results = _run(ensemble, taken, len(asked), tta, progress)
+        results = _run(ensemble, taken, len(asked), tta, progress, after)
     return _write(ensemble, _judged(asked, results, opened is not None), results, out)
 
 
@@ -129,7 +140,14 @@ class _Results:
     failed: list[tuple[str, str, str]]
 
 
-def _run(ensemble: Ensemble, chunks: Iterator[Chunk], total: int, tta: bool, progress: Report | None) -> _Results:
+def _run(
+    ensemble: Ensemble,
+    chunks: Iterator[Chunk],
+    total: int,
+    tta: bool,
+    progress: Report | None,
+    after: Callable[[Chunk, NDArray[np.float64]], object] | None,
+) -> _Results:
     facts, by_run, failed = [], [np.zeros((0, len(ensemble.names)))], []
     done = 0
 
@@ -143,10 +161,28 @@ def _run(ensemble: Ensemble, chunks: Iterator[Chunk], total: int, tta: bool, pro
         failed += chunk.failed
         tell(len(chunk.failed))
         if len(chunk.rows):
-            by_run.append(ensemble.predict(chunk.store, chunk.rows, tta, tell))
+            predictions, faults = ensemble.predict(chunk.store, chunk.rows, tta, tell)
+            failed += [(chunk.rows.at[row, "image_id"], "damaged", why) for row, why in sorted(faults.items())]
+            by_run.append(predictions)
             facts.append(chunk.rows[["image_id", *_FACTS]])
+            if after:
+                after(chunk, by_run[-1])
     columns = pd.DataFrame(columns=["image_id", *_FACTS], dtype=str)
     return _Results(pd.concat(facts, ignore_index=True) if facts else columns, np.concatenate(by_run), failed)
+
+
+def _explain(
+    ensemble: Ensemble,
+    chunk: Chunk,
+    by_run: NDArray[np.float64],
+    *,
+    out: Path,
+    threshold: float,
+    method: Literal["attention", "gradcam"],
+) -> None:
+    from training import explain as explanation
+
+    explanation.explain(ensemble, chunk.store, chunk.rows, by_run @ ensemble.weights, out, threshold, method)
 
 
 def _asked_by_table(listed: pd.DataFrame | None) -> pd.DataFrame:
@@ -171,15 +207,9 @@ def _judged(asked: pd.DataFrame, results: _Results, from_store: bool) -> pd.Data
     """The pictures asked for, in their order, with `row` (position in the results, -1 without prediction), `reason` and
     `detail` (why), and what the files themselves say where the table said nothing."""
     failed = {image: (reason, detail) for image, reason, detail in results.failed}
-    finite = np.atleast_1d(np.isfinite(results.by_run).all(axis=1))
-    rows = {image: row for row, image in enumerate(results.facts["image_id"]) if image not in failed and finite[row]}
+    rows = {image: row for row, image in enumerate(results.facts["image_id"]) if image not in failed}
     absent = ("absent", "the store has no such picture" if from_store else "never came back from decoding")
-    damaged = ("damaged", "its tile is damaged, or the models gave no finite number")
-    read = set(results.facts["image_id"])
-    why = [
-        ("", "") if image in rows else failed.get(image) or (damaged if image in read else absent)
-        for image in asked["image_id"]
-    ]
+    why = [("", "") if image in rows else failed.get(image, absent) for image in asked["image_id"]]
     known = results.facts.drop_duplicates("image_id").set_index("image_id").reindex(asked["image_id"]).fillna("")
     judged = asked.assign(row=[rows.get(image, -1) for image in asked["image_id"]])
     judged[["reason", "detail"]] = pd.DataFrame(why, index=judged.index, columns=["reason", "detail"], dtype=str)

@@ -305,7 +305,9 @@ def test_damaged_tiles_fall_back_and_are_named(data: Path, run: Path, tmp_path: 
     tile.write_bytes(bytes(spoilt))
     summary = predict([run], tmp_path / "s.csv", store=store, csv=data / "test.csv", device="cpu")
     assert summary.exit_code == 3
-    assert _problems(tmp_path / "s.csv")[["image_id", "reason"]].to_numpy().tolist() == [[row["image_id"], "damaged"]]
+    (problem,) = _problems(tmp_path / "s.csv").to_dict("records")
+    assert (problem["image_id"], problem["reason"]) == (row["image_id"], "damaged")
+    assert "CRC-32" in problem["detail"]
     before = pd.read_csv(through_store).set_index("prediction_id")["cancer"]
     after = pd.read_csv(tmp_path / "s.csv").set_index("prediction_id")["cancer"]
     assert (before != after)[lambda changed: changed].index.tolist() == [row["prediction_id"]]

@@ -1,0 +1,210 @@
+"""Batches of torch tensors from a store: the plan's samples, through the graph, on the training device."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from dali_pipes.pipelines import host_pipeline
+from dali_pipes.plan import Plan
+from dali_pipes.settings import LoaderSettings, PipelineSettings
+from dali_pipes.source import Fault, Sample, Source
+from preprocessing.errors import StoreError
+from preprocessing.manifest import Store
+
+Batch = dict[str, torch.Tensor]
+
+
+class _Fed(NamedTuple):
+    """A batch on its way through the graph: its rows, and what is wrong with some of them."""
+
+    rows: NDArray[np.int64]
+    faults: list[Fault]
+
+
+class Loader:
+    """Batches of a store's rows, as dicts of `image` float32 [B, C, H, W], `label` float32 [B], `index` int64 [B] and
+    `ok` bool [B]; all on `device`.
+
+    A context manager; many can be open at once. One epoch is iterated at a time.
+
+    Args:
+        store: the store.
+        rows: of its manifest; `index` counts in them.
+        pipeline: from tile to tensor.
+        loader: how samples are drawn and delivered.
+        seed: of the plan.
+        train: shuffled, balanced and augmented, or in order, once each and as they are.
+        device: "cpu", "cuda" or "cuda:N".
+        rank, world_size: this process's share of each epoch.
+        arrays: gives a row's decoded level (position, level's name) -> uint16 [rows, columns] instead of its file.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rows: pd.DataFrame,
+        pipeline: PipelineSettings,
+        loader: LoaderSettings,
+        *,
+        seed: int = 42,
+        train: bool = True,
+        device: str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
+    ) -> None:
+        self._labels = rows["cancer"].to_numpy(np.float32)
+        self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size)
+        self._source = Source(store, rows, pipeline, arrays)
+        self._settings, self._pipeline_settings = loader, pipeline
+        self._decoded, self._device = arrays is not None, torch.device(device)
+        self._threads = loader.threads or len(os.sched_getaffinity(0))
+        self._pool: ThreadPoolExecutor | None = None
+        self._graph: Any = None
+        self._feed: Iterator[tuple[_Fed, Sequence[Sequence[Any]]]] = iter(())
+        self._underway: deque[_Fed] = deque()
+        self._faults: dict[int, str] = {}
+        self._epoch_running = 0
+        self.wait_s = 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch for this rank."""
+        return self._plan.steps
+
+    @property
+    def bad_samples(self) -> dict[int, str]:
+        """Rows whose tile could not be used so far, and why."""
+        return dict(self._faults)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the graph, its threads and its memory."""
+        if self._graph is not None:
+            self._end_epoch()
+            self._graph = None
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def drawn(self, epoch: int) -> dict[str, int]:
+        """{"negative": n, "positive": n}: what the epoch really gives, over all ranks."""
+        return self._plan.drawn(epoch)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from `start_step` on.
+
+        Raises:
+            StoreError: more than `max_bad_samples` rows have damaged tiles; names them.
+        """
+        self._open()
+        self._end_epoch()
+        self._epoch_running += 1
+        running = self._epoch_running
+        self._feed = self._batches(epoch, start_step)
+        began = time.monotonic()
+        self._graph.schedule_run()
+        while not self._graph.empty():
+            batch = self._take()
+            self._graph.schedule_run()
+            self.wait_s += time.monotonic() - began
+            yield batch
+            if running != self._epoch_running:
+                raise RuntimeError("another epoch of this loader was begun before this one ended")
+            began = time.monotonic()
+        self._graph.reset()
+
+    def _open(self) -> None:
+        if self._graph is not None:
+            return
+        if self._device.type == "cpu":
+            cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
+        self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
+        self._graph = host_pipeline(
+            self._next_fed,
+            self._pipeline_settings,
+            self._plan.batch_size,
+            self._threads,
+            self._settings.prefetch,
+            self._pool,
+            self._decoded,
+        )
+
+    def _end_epoch(self) -> None:
+        """Throw away what is still on its way, and make the graph ready for another epoch."""
+        self._feed = iter(())
+        while not self._graph.empty():
+            self._graph.share_outputs()
+            self._graph.release_outputs()
+            self._graph.schedule_run()
+        self._graph.reset()
+        self._underway.clear()
+
+    def _next_fed(self) -> Sequence[Sequence[Any]]:
+        """What the graph asks for when it has room; StopIteration ends its epoch."""
+        fed, columns = next(self._feed)
+        self._underway.append(fed)
+        return columns
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[tuple[_Fed, Sequence[Sequence[Any]]]]:
+        """Rows and samples, read one batch ahead of the graph."""
+        assert self._pool is not None
+        order = self._plan.order(epoch)
+        ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[Sample, Fault | None]]]]] = deque()
+        for step in range(start_step, self._plan.steps + 1):
+            if step < self._plan.steps:
+                places = self._plan.places(step)
+                jobs = [self._pool.submit(self._sample, epoch, int(order[p]), int(p)) for p in places]
+                ahead.append((order[places], jobs))
+            if len(ahead) > 1 or (ahead and step >= self._plan.steps):
+                rows, jobs = ahead.popleft()
+                samples, faults = zip(*(job.result() for job in jobs), strict=True)
+                columns = [list(column) for column in zip(*samples, strict=True)]
+                yield _Fed(rows, [fault for fault in faults if fault]), columns
+
+    def _sample(self, epoch: int, row: int, place: int) -> tuple[Sample, Fault | None]:
+        return self._source.sample(row, self._plan.sample(epoch, place))
+
+    def _take(self) -> Batch:
+        """The batch that the graph has ready, as tensors."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        (output,) = self._graph.share_outputs(cuda_stream=stream)
+        # The dynamic executor's buffers are the tensor's own from here on; nothing is copied.
+        image = torch.from_dlpack(output.as_tensor())
+        self._graph.release_outputs()
+        fed = self._underway.popleft()
+        ok = np.ones(len(fed.rows), bool)
+        for fault in fed.faults:
+            ok[fed.rows == fault.row] = False
+            self._faults[fault.row] = fault.reason
+        self._check_budget()
+        facts = {"label": self._labels[fed.rows], "index": fed.rows, "ok": ok}
+        return {"image": image, **{name: torch.from_numpy(value).to(self._device) for name, value in facts.items()}}
+
+    def _check_budget(self) -> None:
+        most = self._settings.max_bad_samples
+        if len(self._faults) > most:
+            listed = "\n".join(f"  {reason}" for _, reason in sorted(self._faults.items()))
+            raise StoreError(
+                f"{len(self._faults)} damaged tiles, more than data.loader.max_bad_samples = {most} allows. Mend the "
+                f"store with: python cli.py convert --repair\n{listed}"
+            )

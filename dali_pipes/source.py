@@ -1,0 +1,229 @@
+"""From plan and manifest to what the graph is fed with: encoded tiles, and every step's arguments, a sample each.
+
+A tile is read whole and its CRC-32 compared with the manifest's: whatever is missing, cut, flipped or replaced is found
+here, before a decoder sees it, and a black placeholder takes its place.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dali_pipes.plan import Draw
+from dali_pipes.settings import PipelineSettings
+from preprocessing import grayscale
+from preprocessing.manifest import Store, level_column, pick_level
+from preprocessing.tiles import encode_level
+
+# Numbers a sample that the steps are told, in this order; see `Sample.numbers`.
+NUMBERS = (
+    "table",  # 1: the window is the table; 0: the window is a ramp or a sigmoid of scale * tile + bias
+    "sigmoid",
+    "scale",
+    "bias",
+    "brightness",
+    "contrast",
+    "gamma",
+    "antialias",  # standard deviation of the low-pass before the warp, in level pixels; 0 for none
+    "grid",  # 1: distorted
+    "blur",
+    "sharpen",
+    "noise",
+    "noise_x",
+    "noise_y",
+)
+PLACEHOLDER = np.frombuffer(encode_level(np.zeros((16, 16), np.uint16)), np.uint8)
+
+
+class Sample(NamedTuple):
+    """One sample as the graph is fed with it.
+
+    Attributes:
+        picture: an encoded tile file, uint8 [bytes], or a decoded level, uint16 [rows, columns, 1].
+        numbers: float32 [len(NUMBERS)].
+        matrix: float32 [2, 3], from output to level coordinates; pixel i covers [i, i + 1).
+        table: float32 [n], the VOI LUT over tile values, in [0, 1]; one 0 where there is none.
+        grid: float32 [n, n, 2], shifts (x, y) of the distortion grid's nodes in output pixels.
+        holes: float32 [k, 4], top, left, bottom, right in output pixels.
+    """
+
+    picture: NDArray[Any]
+    numbers: NDArray[np.float32]
+    matrix: NDArray[np.float32]
+    table: NDArray[np.float32]
+    grid: NDArray[np.float32]
+    holes: NDArray[np.float32]
+
+
+class Fault(NamedTuple):
+    """Why a row's tile cannot be used."""
+
+    row: int
+    reason: str
+
+
+class Source:
+    """Rows of a manifest as samples.
+
+    Args:
+        store: where the tiles are.
+        rows: of its manifest.
+        pipeline: what is made of them.
+        arrays: gives the decoded level of a row (uint16 [rows, columns]) instead of its tile file; it is called with
+            the row's position and the level's name, from several threads.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rows: pd.DataFrame,
+        pipeline: PipelineSettings,
+        arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
+    ) -> None:
+        self._root, self._levels, self._pipeline, self._arrays = store.root, store.levels, pipeline, arrays
+        self._rows: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
+
+    def sample(self, row: int, draw: Draw) -> tuple[Sample, Fault | None]:
+        """The sample of a row, and what is wrong with its tile, if anything."""
+        facts = self._rows[row]
+        level = self.level(row)
+        picture, reason = self._read(row, level)
+        if picture is None:
+            return self._placeholder(), Fault(row, reason)
+        height, width = int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
+        shown = self._pipeline.height, self._pipeline.width
+        matrix = output_to_level(height, width, *shown, draw, self._mirrored(facts))
+        table_on, sigmoid, scale, bias, table = choose_window(facts, self._pipeline, draw)
+        values = {
+            "table": table_on,
+            "sigmoid": sigmoid,
+            "scale": scale,
+            "bias": bias,
+            "brightness": draw.brightness,
+            "contrast": draw.contrast,
+            "gamma": draw.gamma,
+            "antialias": low_pass(matrix),
+            "grid": draw.grid is not None,
+            "blur": draw.blur_sigma,
+            "sharpen": draw.sharpen,
+            "noise": draw.noise_sigma,
+            "noise_x": draw.noise_x,
+            "noise_y": draw.noise_y,
+        }
+        return (
+            Sample(
+                picture,
+                np.array([values[name] for name in NUMBERS], np.float32),
+                matrix.astype(np.float32),
+                table,
+                self._grid(draw),
+                np.round(draw.holes * np.array([*shown, *shown], np.float32)).astype(np.float32),
+            ),
+            None,
+        )
+
+    def level(self, row: int) -> str:
+        """The level that a row is read from: the smallest that need not be enlarged."""
+        facts = self._rows[row]
+        size = int(facts["crop_height"]), int(facts["crop_width"])
+        return pick_level(self._levels, *size, self._pipeline.height, self._pipeline.width)
+
+    def _read(self, row: int, level: str) -> tuple[NDArray[Any] | None, str]:
+        if self._arrays is not None:
+            return np.ascontiguousarray(self._arrays(row, level))[..., None], ""
+        facts = self._rows[row]
+        path = self._root / facts[level_column("path", level)]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            return None, f"{path}: {error.strerror or type(error).__name__}"
+        if zlib.crc32(data) != int(facts[level_column("crc32", level)]):
+            return None, f"{path}: its CRC-32 is not the manifest's"
+        return np.frombuffer(data, np.uint8), ""
+
+    def _mirrored(self, facts: dict[str, Any]) -> bool:
+        return self._pipeline.orient and facts["laterality"] == "R"
+
+    def _grid(self, draw: Draw) -> NDArray[np.float32]:
+        if draw.grid is None:
+            return np.zeros((2, 2, 2), np.float32)
+        cells = draw.grid.shape[0] - 1
+        return draw.grid * np.array([self._pipeline.width / cells, self._pipeline.height / cells], np.float32)
+
+    def _placeholder(self) -> Sample:
+        numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0}
+        picture = PLACEHOLDER if self._arrays is None else np.zeros((16, 16, 1), np.uint16)
+        return Sample(
+            picture,
+            np.array([numbers[name] for name in NUMBERS], np.float32),
+            np.eye(2, 3, dtype=np.float32),
+            np.zeros(1, np.float32),
+            np.zeros((2, 2, 2), np.float32),
+            np.zeros((0, 4), np.float32),
+        )
+
+
+def output_to_level(
+    height: int, width: int, out_height: int, out_width: int, draw: Draw, mirrored: bool
+) -> NDArray[np.float64]:
+    """The one affine map of a sample, float64 [2, 3]: from output to level coordinates (pixel i covers [i, i + 1)).
+
+    Seen from the level: mirrored, fitted into the output with its aspect ratio kept and centred, flipped, rotated and
+    scaled about the output's centre, shifted.
+    """
+    fit = min(out_height / height, out_width / width)
+    radians = math.radians(draw.angle)
+    cos, sin = math.cos(radians) / (draw.zoom * fit), math.sin(radians) / (draw.zoom * fit)
+    flip_x = -1.0 if draw.hflip != mirrored else 1.0
+    flip_y = -1.0 if draw.vflip else 1.0
+    # y points down: a counter-clockwise turn as seen takes (x, y) to (x cos + y sin, -x sin + y cos); this undoes it.
+    linear = np.array([[flip_x * cos, -flip_x * sin], [flip_y * sin, flip_y * cos]])
+    centre = np.array([(0.5 + draw.shift_x) * out_width, (0.5 + draw.shift_y) * out_height])
+    offset = np.array([width / 2, height / 2]) - linear @ centre
+    return np.concatenate([linear, offset[:, None]], axis=1)
+
+
+def low_pass(matrix: NDArray[np.float64]) -> float:
+    """Standard deviation, in level pixels, of the Gaussian before a warp that shrinks; 0 where it hardly does.
+
+    (shrink - 1) / 2, as scikit-image's `rescale` takes; below a fifth of a pixel the filter is next to nothing.
+    """
+    shrink = math.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    sigma = (shrink - 1) / 2
+    return sigma if sigma >= 0.2 else 0.0
+
+
+def choose_window(
+    facts: dict[str, Any], pipeline: PipelineSettings, draw: Draw
+) -> tuple[bool, bool, float, float, NDArray[np.float32]]:
+    """How tile values become grey in [0, 1]: whether by table, whether by sigmoid, scale and bias, and the table.
+
+    With scale and bias, u = scale * tile + bias; grey is u clipped to [0, 1], or 1 / (1 + exp(-4 (u - 1/2))).
+    A file with a VOI LUT and windows offers all of them, the LUT first (as pydicom prefers it); jitter leaves a LUT be.
+    """
+    none = np.zeros(1, np.float32)
+    sigmoid = False
+    if pipeline.window == "fixed":
+        low, high = (value - facts["value_offset"] for value in (pipeline.fixed_low, pipeline.fixed_high))
+        if facts["inverted"]:
+            top = 2 ** int(facts["bits_stored"]) - 1
+            low, high = top - high, top - low
+    elif pipeline.window == "percentile":
+        low, high = float(facts["percentile_low"]), float(facts["percentile_high"])
+        high = max(high, low + 1)
+    else:
+        table = grayscale.tile_voi_lut(facts)
+        offered = [*([table] if table is not None else []), *grayscale.tile_windows(facts)]
+        chosen = offered[int(draw.pick * len(offered))]
+        if isinstance(chosen, np.ndarray):
+            return True, False, 0.0, 0.0, np.ascontiguousarray(chosen, np.float32)
+        low, high, sigmoid = chosen
+    width = (high - low) * draw.window_zoom
+    centre = (low + high) / 2 + draw.window_shift * (high - low)
+    return False, bool(sigmoid), 1 / width, 0.5 - centre / width, none

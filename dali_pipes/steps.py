@@ -1,0 +1,199 @@
+"""Each step of the pipeline on one sample, on the CPU with OpenCV; operators.py has the same steps for a GPU.
+
+The order, and why:
+    window    tile values to grey in [0, 1]
+    CLAHE     on the level as it was cropped, before the warp: its tiles then cover the same tissue whatever the size,
+              the padding or the rotation of the output, and it works on no more pixels than the picture has
+    tone      brightness, contrast, gamma: pointwise, so on the host a table, and before the warp pads with black
+    low-pass  where the warp shrinks
+    warp      mirror, fit, flips, rotation, scale, shift and grid distortion in one resampling; outside is black
+    blur, sharpen, noise, holes   in output pixels
+    normalise, channels
+
+Pictures are 2-D arrays. `numbers` maps the names of `source.NUMBERS` to floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_pipes.settings import ClaheSettings, PipelineSettings
+from dali_pipes.source import NUMBERS
+
+Grey = NDArray[Any]  # float32 [height, width] in [0, 1]
+Numbers = Mapping[Any, float]
+
+_VALUES = 1 << 16
+_BANK_MARGIN = 256
+SHARPEN_SIGMA = 1.0  # of the unsharp mask, in output pixels
+
+
+class HostSteps:
+    """All steps on the host: from a decoded tile and its arguments to a finished picture.
+
+    Args:
+        settings: of the pipeline.
+    """
+
+    def __init__(self, settings: PipelineSettings) -> None:
+        self._settings = settings
+        self._bank = noise_bank(settings.height, settings.width)
+
+    def __call__(
+        self,
+        tile: NDArray[np.uint16],
+        numbers: NDArray[np.float32],
+        matrix: NDArray[np.float32],
+        table: Grey,
+        grid: NDArray[np.float32],
+        holes: NDArray[np.float32],
+    ) -> Grey:
+        """One sample, arguments as in `source.Sample`; tile [rows, columns, 1]. Gives float32 [C, H, W]."""
+        settings = self._settings
+        named = dict(zip(NUMBERS, numbers.tolist(), strict=True))
+        values = tile.reshape(tile.shape[:2])
+        grey = window_table(named, table)
+        if settings.clahe.enabled:
+            equalised = clahe(cv2.LUT(values, to_bytes(grey)), settings.clahe)
+            picture = cv2.LUT(equalised, tone(np.arange(256, dtype=np.float32) / 255, named))
+        else:
+            picture = cv2.LUT(values, tone(grey, named))
+        picture = warp(low_pass(picture, named["antialias"]), matrix, settings.height, settings.width, grid, named)
+        picture = sharpen(blur(picture, named["blur"]), named["sharpen"])
+        picture = cut_holes(add_noise(picture, self._bank, named), holes)
+        return normalise(picture, settings)
+
+
+def window_table(numbers: Numbers, table: Grey) -> Grey:
+    """Grey in [0, 1] of every 16-bit tile value, float32 [65536]: LINEAR, LINEAR_EXACT, SIGMOID (PS3.3 C.11.2.1) or a
+    VOI LUT (PS3.3 C.11.1), whose last entry holds for all values above it."""
+    if numbers["table"]:
+        return np.concatenate([table[:_VALUES], np.full(max(0, _VALUES - len(table)), table[-1], np.float32)])
+    u = np.arange(_VALUES, dtype=np.float32)
+    u *= np.float32(numbers["scale"])
+    u += np.float32(numbers["bias"])
+    if numbers["sigmoid"]:
+        with np.errstate(over="ignore"):  # exp overflows to infinity, and grey to 0, as it should
+            return 1 / (1 + np.exp(-4 * (u - np.float32(0.5))))
+    return np.clip(u, 0, 1, out=u)
+
+
+def to_bytes(grey: Grey) -> NDArray[Any]:
+    """Grey in [0, 1] as 8 bits, rounded."""
+    return (grey * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+
+
+def clahe(picture: NDArray[Any], settings: ClaheSettings) -> NDArray[Any]:
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994), uint8 to uint8."""
+    return cv2.createCLAHE(settings.clip_limit, (settings.grid, settings.grid)).apply(picture)
+
+
+def tone(grey: Grey, numbers: Numbers) -> Grey:
+    """contrast (v^gamma - 1/2) + 1/2 + brightness, clipped to [0, 1]."""
+    gamma, contrast, brightness = numbers["gamma"], numbers["contrast"], numbers["brightness"]
+    if (gamma, contrast, brightness) == (1, 1, 0):
+        return grey
+    raised = np.power(grey, np.float32(gamma)) if gamma != 1 else grey
+    return np.clip(raised * np.float32(contrast) + np.float32(0.5 - 0.5 * contrast + brightness), 0, 1)
+
+
+def low_pass(picture: Grey, sigma: float) -> Grey:
+    """A Gaussian of `sigma` level pixels, against aliasing in a warp that shrinks."""
+    return _gaussian(picture, sigma) if sigma > 0 else picture
+
+
+def warp(
+    picture: Grey, matrix: NDArray[np.float32], height: int, width: int, grid: NDArray[np.float32], numbers: Numbers
+) -> Grey:
+    """The one resampling, bilinear: float32 [height, width]. Without distortion an affine map alone.
+
+    Args:
+        matrix: [2, 3], from output to level coordinates; pixel i covers [i, i + 1).
+        grid: [n, n, 2], shifts (x, y) of the grid's nodes in output pixels, interpolated linearly between them. They
+            displace where an output pixel looks before the affine map takes it to the level.
+    """
+    inverse = matrix.astype(np.float64)
+    # OpenCV counts from pixel centres.
+    inverse[:, 2] += inverse[:, :2].sum(axis=1) * 0.5 - 0.5
+    if not numbers["grid"]:
+        return cv2.warpAffine(
+            picture, inverse, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderValue=0.0
+        )
+    shifted = displacement(grid, height, width)
+    x = shifted[0] + np.arange(width, dtype=np.float32)
+    y = shifted[1] + np.arange(height, dtype=np.float32)[:, None]
+    (a, b, c), (d, e, f) = inverse.astype(np.float32)
+    return cv2.remap(picture, a * x + b * y + c, d * x + e * y + f, cv2.INTER_LINEAR, borderValue=0.0)
+
+
+def displacement(grid: Grey, height: int, width: int) -> Grey:
+    """Shifts of every output pixel, float32 [2, height, width] (x, then y), linear between the nodes of `grid`."""
+    rows, columns = _between(height, grid.shape[0]), _between(width, grid.shape[1])
+    return np.stack([rows @ grid[..., axis] @ columns.T for axis in (0, 1)])
+
+
+def blur(picture: Grey, sigma: float) -> Grey:
+    """A Gaussian of `sigma` output pixels, 0 for none."""
+    return _gaussian(picture, sigma) if sigma > 0 else picture
+
+
+def sharpen(picture: Grey, amount: float) -> Grey:
+    """Unsharp mask: v + amount (v - Gaussian(v)), clipped to [0, 1]."""
+    if amount <= 0:
+        return picture
+    sharpened = cv2.addWeighted(picture, 1 + amount, _gaussian(picture, SHARPEN_SIGMA), -amount, 0)
+    return np.clip(sharpened, 0, 1, out=sharpened)
+
+
+def add_noise(picture: Grey, bank: Grey, numbers: Numbers) -> Grey:
+    """Gaussian noise of standard deviation `noise`, a piece of the bank, clipped to [0, 1]."""
+    sigma = numbers["noise"]
+    if sigma <= 0:
+        return picture
+    height, width = picture.shape
+    top, left = (int(numbers[name] * _BANK_MARGIN) for name in ("noise_y", "noise_x"))
+    noisy = cv2.scaleAdd(bank[top : top + height, left : left + width], sigma, picture)
+    return np.clip(noisy, 0, 1, out=noisy)
+
+
+def cut_holes(picture: Grey, holes: NDArray[np.float32]) -> Grey:
+    """Rectangles (top, left, bottom, right in output pixels) made black, in place."""
+    for top, left, bottom, right in holes.astype(int).tolist():
+        picture[top:bottom, left:right] = 0
+    return picture
+
+
+def normalise(picture: Grey, settings: PipelineSettings) -> Grey:
+    """(v - mean) / std, float32 [channels, height, width]."""
+    scaled = picture * np.float32(1 / settings.std)
+    scaled -= np.float32(settings.mean / settings.std)
+    return np.repeat(scaled[None], settings.channels, axis=0) if settings.channels > 1 else scaled[None]
+
+
+def noise_bank(height: int, width: int) -> Grey:
+    """Standard normal numbers, the same always, larger than a picture: a sample's noise is a piece of them, which
+    costs a tenth of drawing it anew."""
+    rng = np.random.Generator(np.random.Philox(key=[0x6D616D6D, 0]))
+    return rng.standard_normal((height + _BANK_MARGIN, width + _BANK_MARGIN), np.float32)
+
+
+def gaussian_window(sigma: float) -> int:
+    """Taps of the Gaussian's kernel: three standard deviations to either side, as DALI takes."""
+    return 2 * math.ceil(3 * sigma) + 1
+
+
+def _gaussian(picture: Grey, sigma: float) -> Any:
+    taps = gaussian_window(sigma)
+    return cv2.GaussianBlur(picture, (taps, taps), sigma, borderType=cv2.BORDER_REFLECT_101)
+
+
+def _between(pixels: int, nodes: int) -> NDArray[np.float32]:
+    """Weights of linear interpolation from evenly spaced nodes to pixel centres, float32 [pixels, nodes]."""
+    at = (np.arange(pixels) + 0.5) / pixels * (nodes - 1)
+    return np.clip(1 - np.abs(at[:, None] - np.arange(nodes)), 0, None).astype(np.float32)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ import torch
 
 from preprocessing.manifest import STORE_VERSION, Store, open_store
 from preprocessing.settings import ConvertSettings
-from training import fit, session
+from training import checkpoint, fit, session
 from training.config import load_config
 
 SIZE = 32
@@ -117,6 +118,7 @@ class FakeLoader:
             index = order[step * self.batch : (step + 1) * self.batch]
             if self.train:
                 FakeLoader.served.append((epoch, step, index.tolist()))
+            time.sleep(float(os.environ.get("SLOW", "0")))
             yield {
                 "image": torch.from_numpy(np.stack([self.picture(i, epoch) for i in index])),
                 "label": torch.tensor(self.rows["cancer"].to_numpy(np.float32)[index]),
@@ -185,16 +187,13 @@ def kill_at(moment: str) -> None:
     what, number = moment.split()
     left = int(number)
 
-    def countdown(original, after=False):
-        def wrapped(*arguments, **named):
+    def countdown(original, only=lambda *_: True):
+        def wrapped(*arguments):
             nonlocal left
-            left -= 1
-            if left < 0 and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*arguments, **named)
+            left -= only(*arguments)
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            return original(*arguments)
 
         return wrapped
 
@@ -203,9 +202,9 @@ def kill_at(moment: str) -> None:
     elif what == "epoch-end":
         session.Session._end_epoch = countdown(session.Session._end_epoch)
     elif what == "save":  # between the weights and the JSON that vouches for them
-        from training import checkpoint
-
-        checkpoint.json.dumps = countdown(json.dumps)
+        checkpoint.write_atomically = countdown(
+            checkpoint.write_atomically, only=lambda path, data: path.suffix == ".json"
+        )
 
 
 def main() -> None:

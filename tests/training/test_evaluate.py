@@ -1,0 +1,147 @@
+"""Evaluation over out-of-fold predictions, on run folders written by hand, so that every figure is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as sk
+
+from preprocessing.errors import RunError
+from tests.training import fakes
+from training import evaluate, metrics, runs
+
+
+def _write_run(root, frame, unfinished=(), machines=None, fingerprint="abc"):
+    for fold, part in frame.groupby("fold"):
+        folder = root / f"fold{fold}"
+        trained = {"machines": machines or sorted(frame["machine_id"].unique()), "sites": ["1", "2"]}
+        runs.begin(folder, fakes.small_config(), {"store_fingerprint": fingerprint, "store": "s", "training": trained})
+        runs.write_table(folder / runs.VALIDATION, part[[c for c in runs.VALIDATION_COLUMNS if c in part]])
+        if fold not in unfinished:
+            runs.write_json(folder / runs.SUMMARY, {})
+    return root
+
+
+def _frame(patients=60, folds=3, seed=0, signal=2.0):
+    rows = fakes.make_rows(patients)
+    generator = np.random.default_rng(seed)
+    logits = signal * rows["cancer"] - 1 + generator.normal(size=len(rows))
+    fold = rows["patient_id"].str[1:].astype(int) // 3 % folds
+    return rows.assign(prediction=1 / (1 + np.exp(-logits)), fold=fold)
+
+
+def test_figures_are_those_of_all_folds_breasts_together(tmp_path):
+    frame = _frame()
+    found = evaluate.evaluate(_write_run(tmp_path, frame), resamples=50)
+    breasts = frame.groupby("prediction_id").agg({"cancer": "max", "prediction": "mean"})
+    assert found["breast"]["auroc"] == pytest.approx(sk.roc_auc_score(breasts["cancer"], breasts["prediction"]))
+    assert found["picture"]["auroc"] == pytest.approx(sk.roc_auc_score(frame["cancer"], frame["prediction"]))
+    assert found["breast"]["count"] == len(breasts)
+    folds = [sk.roc_auc_score(part["cancer"], part["prediction"]) for _, part in _breasts_by_fold(frame)]
+    assert found["mean_of_folds"]["auroc"] == pytest.approx(np.mean(folds))
+    assert [part["breast"]["auroc"] for part in found["folds"]] == pytest.approx(folds)
+    low, high = found["breast"]["intervals"]["auroc"]
+    assert low < found["breast"]["auroc"] < high
+
+
+def _breasts_by_fold(frame):
+    breasts = frame.groupby("prediction_id").agg({"cancer": "max", "prediction": "mean", "fold": "first"})
+    return breasts.groupby("fold")
+
+
+def test_what_is_written_is_what_is_returned(tmp_path):
+    found = evaluate.evaluate(_write_run(tmp_path, _frame()), resamples=50)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == found
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    whole = table[(table["level"] == "breast") & (table["group"] == "all")].iloc[0]
+    assert whole["auroc"] == pytest.approx(found["breast"]["auroc"])
+    assert len(pd.read_csv(tmp_path / "out_of_fold.csv")) == found["breast"]["count"]
+
+
+def test_the_threshold_of_a_fold_is_chosen_on_the_others(tmp_path):
+    """A fold on a scale of its own scores badly at the others' threshold, whatever its own best would be."""
+    frame = _frame(signal=20.0)
+    found = evaluate.evaluate(_write_run(tmp_path / "same", frame), resamples=50)
+    assert found["threshold"]["pf1_out_of_fold"] > 0.95
+    shifted = frame.assign(prediction=frame["prediction"].where(frame["fold"] != 2, frame["prediction"] * 1e-4))
+    found = evaluate.evaluate(_write_run(tmp_path / "shifted", shifted), resamples=50)
+    own = shifted[shifted["fold"] == 2]
+    assert metrics.pf1_best(own["cancer"], own["prediction"])[0] > 0.9
+    assert found["threshold"]["pf1_out_of_fold"] < 0.85
+
+
+def test_an_unstable_threshold_is_warned_of_and_a_clear_one_is_not(tmp_path):
+    clear = evaluate.evaluate(_write_run(tmp_path / "clear", _frame(patients=150, signal=30.0)), resamples=200)
+    assert not clear["threshold"]["unstable"]
+    assert clear["warnings"] == []
+    noise = evaluate.evaluate(_write_run(tmp_path / "noise", _frame(patients=24, signal=0.3)), resamples=200)
+    assert noise["threshold"]["unstable"]
+    assert any("threshold is unstable" in text for text in noise["warnings"])
+
+
+def test_subgroups_cover_every_breast_once_in_each_group(tmp_path):
+    found = evaluate.evaluate(_write_run(tmp_path, _frame()), resamples=20)
+    counts = pd.DataFrame(found["subgroups"]).groupby("group")["count"].sum()
+    breasts, pictures = found["breast"]["count"], found["picture"]["count"]
+    assert counts.to_dict() == dict.fromkeys(evaluate.BREAST_GROUPS, breasts) | {"view": pictures}
+
+
+def test_machines_that_training_never_saw_stand_beside_the_others(tmp_path):
+    frame = _frame()
+    found = evaluate.evaluate(_write_run(tmp_path, frame, machines=["48", "49"]), resamples=20)["unseen"]
+    assert found["machines"] == ["29"]
+    assert found["sites"] == []
+    new = frame[frame["machine_id"] == "29"]
+    breasts = new.groupby("prediction_id").agg({"cancer": "max", "prediction": "mean"})
+    assert found["unseen"]["auroc"] == pytest.approx(sk.roc_auc_score(breasts["cancer"], breasts["prediction"]))
+    assert found["unseen"]["count"] + found["seen"]["count"] == frame["prediction_id"].nunique()
+
+
+def test_nothing_unseen_is_none(tmp_path):
+    assert evaluate.evaluate(_write_run(tmp_path, _frame()), resamples=20)["unseen"] is None
+
+
+def test_a_run_without_positives_is_evaluated_and_printed(tmp_path):
+    found = evaluate.evaluate(_write_run(tmp_path, _frame().assign(cancer=0.0)), resamples=20)
+    assert found["breast"]["auroc"] is None
+    assert found["threshold"]["unstable"]
+    rows = evaluate.headline(found)
+    assert {"figure": "AUROC (per breast)", "value": "n/a", "95 % interval": ""} in rows
+
+
+def test_unfinished_folds_are_said_to_be_so(tmp_path):
+    found = evaluate.evaluate(_write_run(tmp_path, _frame(), unfinished=(1,)), resamples=20)
+    assert [part["finished"] for part in found["folds"]] == [True, False, True]
+    assert any("not finished in fold(s) 1" in text for text in found["warnings"])
+
+
+def test_headline_has_one_row_a_figure_with_its_interval(tmp_path):
+    rows = evaluate.headline(evaluate.evaluate(_write_run(tmp_path, _frame()), resamples=50))
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    auroc = next(row for row in rows if row["figure"] == "AUROC (per breast)")
+    assert 0.5 < float(auroc["value"]) < 1
+    assert " to " in auroc["95 % interval"]
+
+
+def test_another_store_is_refused(tmp_path):
+    store = fakes.make_store(tmp_path / "store")
+    with pytest.raises(RunError, match="trained on another store"):
+        evaluate.evaluate(_write_run(tmp_path / "run", _frame()), store, resamples=20)
+    run = _write_run(tmp_path / "right", _frame(), fingerprint=store.fingerprint)
+    evaluate.evaluate(run, store, resamples=20)
+
+
+def test_a_picture_held_out_twice_is_refused(tmp_path):
+    frame = _frame()
+    doubled = pd.concat([frame, frame[frame["fold"] == 0].assign(fold=7)])
+    with pytest.raises(RunError, match="held out in two folds"):
+        evaluate.evaluate(_write_run(tmp_path, doubled), resamples=20)
+
+
+def test_a_run_without_predictions_says_what_to_do(tmp_path):
+    runs.begin(tmp_path / "fold0", fakes.small_config(), {})
+    with pytest.raises(RunError, match="no fold has finished its first epoch"):
+        evaluate.evaluate(tmp_path)

@@ -315,7 +315,7 @@ def _lesion(
     rng: np.random.Generator,
 ) -> Lesion:
     """Draw a lesion somewhere inside the gland and say where it is."""
-    radius = float({"cyst": rng.uniform(4, 8), "calcifications": rng.uniform(7, 12)}.get(kind, rng.uniform(7, 12)))
+    radius = float(rng.uniform(4, 8) if kind == "cyst" else rng.uniform(9, 15))
     x, y = _place(breast, outline, radius, rng)
     reach = radius * (2.1 if kind == "spiculated" else 1.3)
     left, right = max(0, int(frame.pixel(x - reach))), min(frame.shape[1], int(frame.pixel(x + reach)) + 1)
@@ -350,7 +350,7 @@ def _mass(u: Image, v: Image, kind: LesionKind, rng: np.random.Generator) -> NDA
     a, b = u * np.cos(turn) + v * np.sin(turn), (v * np.cos(turn) - u * np.sin(turn)) / ratio
     distance, angle = np.hypot(a, b), np.arctan2(b, a)
     if kind != "spiculated":
-        amplitude = 0.10 if kind == "cyst" else 0.36
+        amplitude = 0.10 if kind == "cyst" else 0.52
         return amplitude * np.clip(1 - distance**2, 0, None) ** 0.8
     lobes = sum(rng.uniform(-0.10, 0.10) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in range(2, 7))
     core = 1 / (1 + np.exp(np.clip((distance - 0.72 * (1 + lobes)) * 14, -30, 30)))
@@ -361,17 +361,17 @@ def _mass(u: Image, v: Image, kind: LesionKind, rng: np.random.Generator) -> NDA
         off = b * np.cos(heading) - a * np.sin(heading) + rng.uniform(-0.1, 0.1) * forward**2
         ray = np.exp(-((off / (width * np.clip(1.4 - 0.5 * forward, 0.4, None))) ** 2))
         spicules = np.maximum(spicules, ray * np.clip(length - forward, 0, 0.5) * 2 * (forward > 0))
-    return 0.38 * core * (0.85 + 0.15 * np.clip(1 - distance, 0, 1)) + 0.17 * spicules * (1 - core)
+    return 0.52 * core * (0.85 + 0.15 * np.clip(1 - distance, 0, 1)) + 0.25 * spicules * (1 - core)
 
 
 def _calcifications(u: Image, v: Image, radius: float, rng: np.random.Generator) -> NDArray[np.floating]:
-    """A cluster of 15 to 35 specks of 0.3 to 0.8 mm in a faint haze; `u` and `v` in millimetres."""
-    added = 0.08 * np.exp(-(u**2 + v**2) / (2 * (0.6 * radius) ** 2))
-    for _ in range(int(rng.integers(15, 36))):
+    """A cluster of 25 to 50 specks of 0.4 to 1 mm in a faint haze; `u` and `v` in millimetres."""
+    added = 0.12 * np.exp(-(u**2 + v**2) / (2 * (0.5 * radius) ** 2))
+    for _ in range(int(rng.integers(25, 51))):
         spread = np.clip(rng.normal(0, 0.42, 2), -0.95, 0.95) * radius
-        size, bright = rng.uniform(0.35, 0.8), rng.uniform(0.25, 0.55)
+        size, bright = rng.uniform(0.4, 1.0), rng.uniform(0.35, 0.7)
         added = added + bright * np.exp(-((u - spread[0]) ** 2 + (v - spread[1]) ** 2) / (2 * (size / 1.7) ** 2))
-    return np.minimum(added, 0.6)
+    return np.minimum(added, 0.8)
 
 
 def _label(picture: Image, laterality: str, view: str, frame: _Frame, rng: np.random.Generator) -> None:

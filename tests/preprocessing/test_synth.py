@@ -204,7 +204,9 @@ def test_a_lesion_is_in_its_box_inside_the_breast_and_scales_with_contrast(kind)
     assert np.abs(outside).max() < 1e-6
     assert added[box].max() > (0.05 if kind == "cyst" else 0.2)
     np.testing.assert_allclose((faint.picture - without.picture).sum(), added.sum() / 2, rtol=0.05)
-    assert plain.breast[box].all()
+    inside = plain.breast[box]  # a spicule's tip may lie beyond the skin, its core never
+    assert inside[lesion.height // 4 : -lesion.height // 4, lesion.width // 4 : -lesion.width // 4].all()
+    assert added[~plain.breast].max() < 0.02
     assert lesion.malignant == (kind != "cyst")
 
 

@@ -36,9 +36,10 @@ _NO_LIMIT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Member:
-    """One fold's model; `run` is its run's position in the ensemble."""
+    """One fold's model; `run` is its run's position in the ensemble, `sha256` the hash of its weights."""
 
     run: int
+    sha256: str
     model: MammoModel
     precision: torch.dtype
     channels_last: bool
@@ -231,12 +232,12 @@ def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Grou
     loader = config.data.loader.model_copy(update={"cache": "none", "max_bad_samples": _NO_LIMIT})
     loaded = []
     for number, fold in members:
-        model, _ = runs.load_model(fold, device)
+        model, described = runs.load_model(fold, device)
         channels_last = fold.config.model.channels_last
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         precision = pick_precision(fold.config.train.precision, device)
-        loaded.append(Member(number, model, precision, channels_last))
+        loaded.append(Member(number, described["sha256"], model, precision, channels_last))
     return Group(config.pipeline, loader, config.data.seed, tuple(loaded))
 
 

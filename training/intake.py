@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class Chunk:
     Attributes:
         store: where their tiles are.
         rows: of its manifest, with a fresh index.
+        position: pictures done with this chunk, in that order, usable or not.
         failed: (image_id, reason, detail) of those that cannot be used.
     """
 
     store: Store
     rows: pd.DataFrame
-    failed: list[tuple[str, str, str]] = field(default_factory=list)
+    position: int
+    failed: list[tuple[str, str, str]]
 
 
 def from_store(store: Store, listed: pd.DataFrame | None = None) -> Chunk:
@@ -53,7 +55,7 @@ def from_store(store: Store, listed: pd.DataFrame | None = None) -> Chunk:
         wanted = set(listed["image_id"])
         rows, rejected = rows[rows["image_id"].isin(wanted)], rejected[rejected["image_id"].isin(wanted)]
     failed = list(rejected[["image_id", "reason", "detail"]].itertuples(index=False, name=None))
-    return Chunk(store, rows.sort_values("image_id", ignore_index=True), failed)
+    return Chunk(store, rows.sort_values("image_id", ignore_index=True), len(rows) + len(failed), failed)
 
 
 def narrowed(settings: ConvertSettings, longest_side: int) -> ConvertSettings:
@@ -70,7 +72,13 @@ def narrowed(settings: ConvertSettings, longest_side: int) -> ConvertSettings:
 
 @contextmanager
 def stream(
-    images: Path, listed: pd.DataFrame, from_csv: bool, settings: ConvertSettings, batch: int, count: int = 0
+    images: Path,
+    listed: pd.DataFrame,
+    from_csv: bool,
+    settings: ConvertSettings,
+    batch: int,
+    start: int = 0,
+    count: int = 0,
 ) -> Iterator[Iterator[Chunk]]:
     """Decode raw pictures in processes, ahead of whoever takes the chunks.
 
@@ -80,6 +88,7 @@ def stream(
         from_csv: whether it is the user's own table, or a listing of the folder.
         settings: the conversion; `narrowed` spares work.
         batch: chunks have a multiple of so many rows, the last one excepted.
+        start: pictures to leave out, for an earlier call got that far: the `position` of one of its chunks.
         count: processes; 0 for one a core.
 
     Yields:
@@ -90,7 +99,7 @@ def stream(
     """
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
-    ordered = listed.sort_values("image_id", ignore_index=True)
+    ordered = listed.sort_values("image_id", ignore_index=True).iloc[start:]
     with tempfile.TemporaryDirectory(prefix="mammopipe-predict-") as folder:
         spool = Path(folder)
         ingest.scratch_folder(spool).mkdir()
@@ -98,7 +107,7 @@ def stream(
         jobs = (ingest.Job(images.absolute(), spool, settings, s) for s in sources(images, ordered, from_csv))
         limits = workers.Limits(timeout_s=settings.timeout_s, memory_mb=settings.memory_mb)
         outcomes = workers.run_local(ingest.ingest, jobs, count, limits)
-        with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), store, batch)) as chunks:
+        with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), start, store, batch)) as chunks:
             yield _then_removed(chunks)
 
 
@@ -111,7 +120,7 @@ def _then_removed(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
 
 
 def _chunks(
-    outcomes: Generator[workers.Outcome, None, None], order: list[str], store: Store, batch: int
+    outcomes: Generator[workers.Outcome, None, None], order: list[str], start: int, store: Store, batch: int
 ) -> Generator[Chunk, None, None]:
     """Outcomes, which come as they are done, as chunks in the given order of image_ids."""
     described = schema(store.levels, {})
@@ -123,7 +132,7 @@ def _chunks(
 
     def close() -> Chunk:
         frame = pa.Table.from_pylist(rows, schema=described).to_pandas()
-        chunk = Chunk(store, frame, list(failed))
+        chunk = Chunk(store, frame, start + position, list(failed))
         rows.clear()
         failed.clear()
         return chunk

@@ -18,11 +18,13 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
-from training import runs
+from training import intake, runs
 from training.config import Config, load_config
-from training.ensemble import open_ensemble
+from training.ensemble import Ensemble, open_ensemble
 from training.model import build_model
-from training.predict import PROBLEM_COLUMNS, PredictSummary, predict
+from training.partial import Part, Partial
+from training.predict import PredictSummary, predict
+from training.submission import PROBLEM_COLUMNS
 
 SETTINGS = ConvertSettings(levels=("full", "256", "96"), crop_margin=0.02)
 TINY = (
@@ -350,6 +352,66 @@ def test_mirror_images_are_averaged_in(data: Path, run: Path, tmp_path: Path, th
         once, mirrored = (ensemble._probabilities(member, each, False) for each in (image, image.flip(3)))
         both = ensemble._probabilities(member, image, True)
     torch.testing.assert_close(both, (once + mirrored) / 2)
+
+
+def test_a_stream_cut_short_goes_on_to_the_same_bytes(
+    data: Path, run: Path, through_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(intake, "_FIRST_ROWS", 8)
+    out = tmp_path / "submission.csv"
+    source = {"images": data / "test_images", "csv": data / "test.csv", "device": "cpu", "workers": 1}
+    predicted: list[int] = []
+    whole = Ensemble.predict
+
+    def counted(self, store, rows, *rest):
+        if len(predicted) == 2:
+            raise KeyboardInterrupt
+        predicted.append(len(rows))
+        return whole(self, store, rows, *rest)
+
+    monkeypatch.setattr(Ensemble, "predict", counted)
+    with pytest.raises(KeyboardInterrupt):
+        predict([run], out, **source)
+    assert predicted == [8, 16]
+    assert not out.exists()
+    predicted.clear()
+    seen: list[Progress] = []
+    predict([run], out, progress=seen.append, **source)
+    assert sum(predicted) == 30 - 24
+    assert (seen[0].done, seen[-1].done) == (28, 30)
+    for name in ("submission.csv", "predictions_images.csv", "predictions_problems.csv"):
+        assert (tmp_path / name).read_bytes() == (through_store.parent / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("predictions_images.csv", "predictions_problems.csv", "submission.csv")
+    ]
+
+
+def test_parts_of_another_prediction_are_not_taken_up(tmp_path: Path):
+    kept = Partial(tmp_path / "s.csv", "one key")
+    part = Part(4, [{"image_id": "a"}], [[0.1 + 0.2, float("nan")]], [["b", "absent", "gone"]])
+    kept.add(part)
+    again = Partial(tmp_path / "s.csv", "one key")
+    assert again.position == 4
+    assert again.parts[0].by_run[0][0] == 0.1 + 0.2
+    assert np.isnan(again.parts[0].by_run[0][1])
+    assert Partial(tmp_path / "s.csv", "another key").parts == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_overlays_are_drawn_of_pictures_over_the_threshold(data: Path, run: Path, through_store: Path, tmp_path: Path):
+    pictures = pd.read_csv(through_store.parent / "predictions_images.csv", dtype={"image_id": str})
+    threshold = float(pictures["prediction"].quantile(0.8))
+    over = set(pictures.loc[pictures["prediction"] >= threshold, "image_id"])
+    assert 0 < len(over) < len(pictures)
+    predict(
+        *([run], tmp_path / "s.csv"),
+        store=data / "store",
+        device="cpu",
+        explain=tmp_path / "explained",
+        explain_threshold=threshold,
+    )
+    assert {path.stem for path in (tmp_path / "explained").glob("*.png")} == over
+    assert {path.stem for path in (tmp_path / "explained").glob("*.json")} == over
 
 
 def test_progress_reaches_its_total(data: Path, run: Path, tmp_path: Path):

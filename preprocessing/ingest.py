@@ -158,7 +158,7 @@ def _levels_and_facts(
 ) -> tuple[dict[str, tiles.Level], dict[str, Any]]:
     decoded = decode.decode(path, settings)
     header = decoded.header
-    inverted = header.photometric == "MONOCHROME1" or number(row, "inverted") == 1
+    inverted = grayscale.is_inverted(header.photometric, header.rescale_slope) or number(row, "inverted") == 1
     picture = grayscale.to_tile_values(decoded, inverted)
     found = find_breast(picture, settings.crop_margin)
     crop = found.crop if settings.crop else Crop(0, 0, *picture.shape)

@@ -27,7 +27,7 @@ from preprocessing.dicom_header import Header, number, read_header
 from preprocessing.guard import Reason, Rejection
 from preprocessing.settings import ConvertSettings
 
-cv2.setLogLevel(0)
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # rejections say it better
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote values out of the file
 
 # Who decodes what, from measurements against reference arrays. dicomsdl wherever it is right; pydicom (with pylibjpeg)
@@ -117,10 +117,10 @@ def _decode_picture(data: bytes, kind: str, settings: ConvertSettings) -> Decode
     bits = 8 * values.dtype.itemsize
     if int(values.min()) == int(values.max()):
         raise Rejection(Reason.BLANK, f"every pixel is {int(values.min())}")
-    window = (
-        {"window_center": [127.5], "window_width": [255.0], "window_function": ["LINEAR_EXACT"]} if bits == 8 else {}
-    )
-    return Decoded(values.astype(np.uint16), Header(format=kind, bits_stored=bits, **window), "opencv")
+    header = Header(format=kind, bits_stored=bits)
+    if bits == 8:  # made for the eye already: a window that leaves it alone
+        header = replace(header, window_center=[127.5], window_width=[255.0], window_function=["LINEAR_EXACT"])
+    return Decoded(values.astype(np.uint16), header, "opencv")
 
 
 def _decode_dicom(path: Path, data: bytes, settings: ConvertSettings) -> Decoded:

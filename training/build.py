@@ -17,7 +17,7 @@ from training.config import Config, TrainSettings
 from training.distributed import World
 from training.loop import Parts
 from training.losses import aux_targets, build_loss
-from training.model import EveryHead, build_model
+from training.model import EveryHead, MammoModel, build_model
 from training.weights import load_pretrained
 
 
@@ -92,6 +92,8 @@ def build_parts(
         model.backbone = convert_sync_batchnorm(model.backbone)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    if world.size > 1:
+        _freeze_unused(model, config.pipeline.channels, device)
     module: nn.Module = EveryHead(model)
     if config.model.compile:
         module.compile()
@@ -119,6 +121,20 @@ def build_parts(
         rank=world.rank,
     )
     return parts, weights
+
+
+def _freeze_unused(model: MammoModel, channels: int, device: torch.device) -> None:
+    """Take parameters that no output depends on out of training: DistributedDataParallel waits for their gradients.
+
+    Some backbones bring such parameters, parts of a head that is not used here.
+    """
+    size = max(224, *(int(side) for side in model.backbone.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    outputs = model.eval().outputs(torch.zeros(1, channels, size, size, device=device))
+    used = [outputs["cancer"].sum(), *(outputs[name].sum() for name in model.aux)]
+    torch.stack(used).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: TrainSettings, batches: int) -> CosineLRScheduler:

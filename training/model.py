@@ -10,6 +10,7 @@ from typing import cast
 
 import timm
 import torch
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from preprocessing.errors import ConfigError
@@ -84,7 +85,8 @@ class MammoModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone's last feature map, [B, F, h, w]."""
-        return _as_map(cast(nn.Module, self.backbone).forward_features(x), self.backbone)  # pyright: ignore[reportCallIssue]
+        features = cast(nn.Module, self.backbone).forward_features(x)  # pyright: ignore[reportCallIssue]
+        return _head_norm(self.backbone)(_as_map(features, self.backbone))
 
     @torch.no_grad()
     def embeddings(self, x: Tensor) -> Tensor:
@@ -155,6 +157,12 @@ POOLINGS: dict[str, type[AttentionPool] | type[AveragePool] | type[GeMPool]] = {
     "avg": AveragePool,
     "gem": GeMPool,
 }
+
+
+def _head_norm(backbone: nn.Module) -> nn.Module:
+    """ConvNeXt and its kin keep their last normalisation in the head, which is otherwise not used here."""
+    norm = getattr(getattr(backbone, "head", None), "norm", None)
+    return norm if isinstance(norm, LayerNorm2d) else nn.Identity()
 
 
 def _strength(features: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,8 +123,15 @@ def continues(folder: Path, config: Config, store: Store) -> bool:
 def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     """What this configuration and store differ in from those that a fold's folder was begun with."""
     saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    found = checkpoint.differences(saved, config.model_dump(mode="json"))
-    begun_on = FoldRun(folder, 0).environment.get("store_fingerprint")
+    wanted = config.model_dump(mode="json")
+    environment = FoldRun(folder, 0).environment
+    # More processes with smaller batches are the same training as long as the global batch is.
+    was, now = saved["data"]["loader"], wanted["data"]["loader"]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if was["batch_size"] * environment.get("processes", 1) == now["batch_size"] * processes:
+        was["batch_size"] = now["batch_size"]
+    found = checkpoint.differences(saved, wanted)
+    begun_on = environment.get("store_fingerprint")
     if begun_on != store.fingerprint:
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
     return found

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 
 from preprocessing.manifest import Store
+from preprocessing.progress import Progress
 from training import checkpoint, metrics, runs
 from training.build import build_parts
 from training.config import Config
@@ -122,7 +124,8 @@ class Session:
         while self.at.epoch < settings.epochs and not stopped_early:
             began, waited = time.monotonic(), self.loader.wait_s
             first = self.at.batch
-            train_epoch(self.parts, self._batches(), self.at, self.monitor, self._after_step)
+            with self._progress() as self._advance:
+                train_epoch(self.parts, self._batches(), self.at, self.monitor, self._after_step)
             seconds = time.monotonic() - began
             record = {
                 "images_per_s": (self.at.batches - first) * self._global_batch() / max(seconds, 1e-9),
@@ -131,6 +134,13 @@ class Session:
             self._end_epoch(record, began)
             stopped_early = self.best.stale >= settings.patience
         return self._finish(stopped_early)
+
+    def _progress(self) -> AbstractContextManager[Callable[[Progress], None]]:
+        """The epoch's bar, on the first process's screen."""
+        if self.console is None or not self.place.is_main:
+            return contextlib.nullcontext(lambda state: None)
+        best = "" if self.best.epoch < 0 else f" (best {self.config.train.metric} {self.best.value:.3f})"
+        return self.console.progress(f"Epoch {self.at.epoch + 1} of {self.config.train.epochs}{best}", unit="batches")
 
     def _batches(self) -> Iterator[Batch]:
         batches = self.loader.epoch(self.at.epoch, start_step=self.at.batch)
@@ -142,6 +152,7 @@ class Session:
     def _after_step(self, at: Position, guard: FiniteGuard) -> None:
         """Between two steps: a record now and then, a checkpoint when it is due, and the way out."""
         settings = self.config.train
+        self._advance(Progress(at.batch, at.batches))
         if at.step % LOG_EVERY == 0:
             guard.check()
             self.monitor.log(
@@ -178,7 +189,7 @@ class Session:
             "seconds": time.monotonic() - began,
             "drawn": dict(self.loader.drawn(at.epoch)),
             "best": is_best,
-            "bad_samples": bad,
+            "bad_samples": bad + len(self.loader.bad_samples),
         }
         self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
         if self.place.is_main:
@@ -242,7 +253,14 @@ class Session:
             "optimizer": parts.optimizer.state_dict(),
             "scheduler": parts.scheduler.state_dict(),
             "scaler": parts.scaler.state_dict(),
-            "position": {"epoch": at.epoch, "batch": at.batch, "step": at.step, "loss_sum": at.loss_sum.detach().cpu()},
+            "position": {
+                "epoch": at.epoch,
+                "batch": at.batch,
+                "batches": at.batches,
+                "global_batch": self._global_batch(),
+                "step": at.step,
+                "loss_sum": at.loss_sum.detach().cpu(),
+            },
             "best": asdict(self.best),
             "seconds": self.spent + time.monotonic() - self.started,
         }
@@ -267,6 +285,22 @@ class Session:
         self.at.epoch, self.at.batch, self.at.step = position["epoch"], position["batch"], position["step"]
         self.at.loss_sum.copy_(position["loss_sum"])
         self.best, self.spent = Best(**state["best"]), state["seconds"]
+        if position["global_batch"] != self._global_batch():
+            self._rescale(position)
+
+    def _rescale(self, position: dict[str, Any]) -> None:
+        """Another number of processes makes another global batch: go on at the same sample."""
+        at, accumulate = self.at, self.config.train.accumulate
+        samples = position["batch"] * position["global_batch"]
+        at.batch = samples // self._global_batch()
+        at.batch -= at.batch % accumulate
+        at.loss_sum *= at.batch / max(position["batch"], 1)
+        at.step = at.epoch * -(-at.batches // accumulate) + at.batch // accumulate
+        self.parts.scheduler.step_update(at.step)
+        log.warning(
+            "The global batch is %d instead of %d: continuing after %d of the epoch's samples.",
+            *(self._global_batch(), position["global_batch"], at.batch * self._global_batch()),
+        )
 
     def _leave(self) -> None:
         self._save()

@@ -89,6 +89,7 @@ class FakeLoader:
             per_rank // self.batch if train else -(-len(range(rank, len(rows), world_size)) // self.batch)
         )
         self.wait_s = 0.0
+        self.bad_samples: dict[int, str] = {}
         self.closed = False
 
     def __enter__(self):
@@ -118,6 +119,9 @@ class FakeLoader:
             index = order[step * self.batch : (step + 1) * self.batch]
             if self.train:
                 FakeLoader.served.append((epoch, step, index.tolist()))
+                if log := os.environ.get("SERVED"):
+                    with open(f"{log}-{self.rank}", "a") as file:
+                        file.write(json.dumps([epoch, step, index.tolist()]) + "\n")
             time.sleep(float(os.environ.get("SLOW", "0")))
             yield {
                 "image": torch.from_numpy(np.stack([self.picture(i, epoch) for i in index])),
@@ -211,7 +215,8 @@ def main() -> None:
     store, out, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     use_fakes()
-    if moment := os.environ.get("KILL_AT"):
+    moment = os.environ.get("KILL_AT")
+    if moment and os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0"):
         kill_at(moment)
     print(fit.fit(small_config(*overrides), store, 0, Path(out), resume=True))  # noqa: T201
 

@@ -1,0 +1,132 @@
+"""Two processes by torchrun on gloo: the same samples, the same gradients, one writer, a clean end, an exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import fakes
+from training import checkpoint, runs
+from training.distributed import World, world
+
+ROOT = Path(__file__).resolve().parents[2]
+# No batch statistics, dropout or stochastic depth: what a process draws or averages by itself would differ.
+# The rate is small, so that both stay where gradients can be compared: Adam makes whole steps of a tiny one's noise.
+SAME = ("model.backbone=convnext_atto", "model.dropout=0", "model.drop_path=0", "train.epochs=1", "train.lr=1e-6")
+TWO = "data.loader.batch_size=2"
+FOUR = "data.loader.batch_size=4"
+
+
+def _environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _launch(processes, store, out, *overrides, **environment):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    command += ["-m", "tests.training.fakes", str(store), str(out), *overrides]
+    return subprocess.run(
+        command, cwd=ROOT, env=_environment(**environment), capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def runs_of_one_and_two(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ddp")
+    fakes.make_store(root / "store")
+    for processes, out, batch in ((1, root / "one", FOUR), (2, root / "two", TWO)):
+        done = _launch(processes, root / "store", out, *SAME, batch, SERVED=str(root / f"served{processes}"))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+def _served(root, processes):
+    """Rows of each step, all ranks together."""
+    steps = {}
+    for path in sorted(root.glob(f"served{processes}-*")):
+        for line in path.read_text().splitlines():
+            epoch, step, rows = json.loads(line)
+            steps.setdefault((epoch, step), []).extend(rows)
+    return {step: sorted(rows) for step, rows in steps.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+def test_two_processes_see_the_samples_of_one_at_the_same_global_batch(runs_of_one_and_two):
+    one, two = _served(runs_of_one_and_two, 1), _served(runs_of_one_and_two, 2)
+    assert len(one) == 12
+    assert one == two
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+def test_two_processes_have_the_gradients_of_one(runs_of_one_and_two):
+    _assert_same_gradients(runs_of_one_and_two / "one", runs_of_one_and_two / "two")
+
+
+def _assert_same_gradients(one, other):
+    """Adam's first moments are running means of the gradients themselves, so an error of a factor shows too."""
+    moments = [checkpoint.newest(run / "fold0" / "checkpoints")[0]["optimizer"]["state"] for run in (one, other)]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(int(state["step"]) == 12 for state in moments[1].values())
+    largest = max(state["exp_avg"].abs().max().item() for state in moments[0].values())
+    for number, state in moments[0].items():
+        torch.testing.assert_close(
+            moments[1][number]["exp_avg"], state["exp_avg"], rtol=0.01, atol=1e-4 * largest, msg=str(number)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+def test_one_process_writes_and_validation_covers_every_picture_once(runs_of_one_and_two):
+    one, two = (runs.open_run(runs_of_one_and_two / name).folds[0] for name in ("one", "two"))
+    assert len(two.records("epoch")) == 1
+    assert two.environment["processes"] == 2
+    assert two.validation["image_id"].tolist() == one.validation["image_id"].tolist()
+    difference = (two.validation["prediction"] - one.validation["prediction"]).abs()
+    assert difference.max() < 0.02
+    assert two.records("epoch")[0]["val_loss"] == pytest.approx(one.records("epoch")[0]["val_loss"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+def test_a_killed_rank_ends_the_job_and_another_number_of_ranks_continues(runs_of_one_and_two, tmp_path):
+    store, overrides = runs_of_one_and_two / "store", (*SAME, "train.checkpoint_steps=2")
+    done = _launch(2, store, tmp_path, *overrides, TWO, KILL_AT="step 7", KILL_RANK="1")
+    assert done.returncode not in (0, -signal.SIGKILL)
+    state, _ = checkpoint.newest(tmp_path / "fold0" / "checkpoints")
+    assert 0 < state["position"]["step"] < 12
+    assert not list((tmp_path / "fold0").glob("summary.json"))
+    done = _launch(1, store, tmp_path, *overrides, FOUR)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fold = runs.open_run(tmp_path).folds[0]
+    assert fold.finished
+    _assert_same_gradients(runs_of_one_and_two / "one", tmp_path)
+
+
+def test_one_process_alone_exchanges_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world() as place:
+        assert place == World()
+        assert place.is_main
+        value = torch.tensor(3.0)
+        assert place.sum(value) is value
+        assert place.gather("x") == ["x"]
+        place.barrier()
+        assert not torch.distributed.is_initialized()

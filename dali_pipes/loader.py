@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from dali_pipes.pipelines import host_pipeline
+from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Plan
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Fault, Sample, Source
@@ -136,18 +136,15 @@ class Loader:
     def _open(self) -> None:
         if self._graph is not None:
             return
+        self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
+        shared = (self._next_fed, self._pipeline_settings, self._plan.batch_size)
+        common = (*shared, self._threads, self._settings.prefetch)
         if self._device.type == "cpu":
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
-        self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
-        self._graph = host_pipeline(
-            self._next_fed,
-            self._pipeline_settings,
-            self._plan.batch_size,
-            self._threads,
-            self._settings.prefetch,
-            self._pool,
-            self._decoded,
-        )
+            self._graph = host_pipeline(*common, self._pool, self._decoded)
+        else:
+            number = self._device.index if self._device.index is not None else torch.cuda.current_device()
+            self._graph = operator_pipeline(*common, number, self._decoded)
 
     def _end_epoch(self) -> None:
         """Throw away what is still on its way, and make the graph ready for another epoch."""

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType
 
+from dali_pipes.operators import all_steps
 from dali_pipes.settings import PipelineSettings
 from dali_pipes.steps import HostSteps
 
@@ -65,11 +66,52 @@ def host_pipeline(
     return pipeline
 
 
+def operator_pipeline(
+    source: Callable[[], Sequence[Sequence[Any]]],
+    settings: PipelineSettings,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+    device_id: int | None,
+    decoded: bool = False,
+) -> Pipeline:
+    """The same pipeline with every step a DALI operator, on a GPU.
+
+    Args:
+        source, settings, batch_size, threads, prefetch, decoded: as for `host_pipeline`.
+        device_id: of the GPU; None for DALI's CPU backend, where tests compare it with the other pipeline.
+
+    Returns:
+        A built pipeline whose output is float32 [B, C, H, W] on the device.
+    """
+    device = "cpu" if device_id is None else "gpu"
+
+    @pipeline_def(enable_conditionals=True)
+    def graph() -> Any:
+        fed = _fed(source, decoded)
+        if decoded:
+            tile = fed[0].gpu() if device == "gpu" else fed[0]
+        else:
+            tile = decode(fed[0], "mixed" if device == "gpu" else "cpu")
+        return all_steps(tile, *fed[1:], settings, device)
+
+    pipeline = graph(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    return pipeline
+
+
 def decode(encoded: Any, device: str) -> Any:
     """Tile files to uint16 HWC, the stored values as they are (INT16 would halve them, FLOAT scale them)."""
     return fn.decoders.image(encoded, device=device, dtype=DALIDataType.UINT16, output_type=DALIImageType.ANY_DATA)
 
 
+@do_not_convert
 def _fed(source: Callable[[], Any], decoded: bool) -> Any:
     kinds, dimensions = (list(column) for column in zip(*_FED, strict=True))
     if decoded:

@@ -14,11 +14,10 @@ import torch
 from nvidia.dali import fn, math
 from nvidia.dali.pipeline import do_not_convert
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
-from torch.utils.dlpack import to_dlpack
 
 from dali_pipes.settings import PipelineSettings
 from dali_pipes.source import NUMBERS
-from dali_pipes.steps import BANK_MARGIN, SHARPEN_SIGMA, noise_bank
+from dali_pipes.steps import SHARPEN_SIGMA, noise_bank
 
 _AT = {name: place for place, name in enumerate(NUMBERS)}
 
@@ -74,7 +73,7 @@ def in_torch(function: Callable[..., torch.Tensor], *inputs: Any, device: str) -
         results = [function(*map(torch.from_dlpack, sample)).contiguous() for sample in samples]
         if results and results[0].is_cuda:  # DALI goes on in a stream of its own
             torch.cuda.current_stream(results[0].device).synchronize()
-        return [to_dlpack(result) for result in results]
+        return [result.__dlpack__() for result in results]
 
     return fn.dl_tensor_python_function(
         *inputs, function=run, batch_processing=True, device=device, output_layouts="HWC"
@@ -168,16 +167,11 @@ def sharpen(picture: Any, numbers: Any, here: Any) -> Any:
 
 def add_noise(picture: Any, numbers: Any, here: Any, settings: PipelineSettings, device: str) -> Any:
     """A piece of the noise bank times `noise`, clipped to [0, 1]."""
-    bank = _bank(settings)
+    bank: Any = Constant(_bank(settings), device=device)
+    size: Any = Constant([settings.height, settings.width])
     if numbers[_AT["noise"]] > 0:
-        top = fn.cast(numbers[_AT["noise_y"]] * float(BANK_MARGIN), dtype=DALIDataType.INT32)
-        left = fn.cast(numbers[_AT["noise_x"]] * float(BANK_MARGIN), dtype=DALIDataType.INT32)
-        piece = fn.slice(
-            Constant(bank, device=device),
-            fn.stack(top, left),
-            fn.stack(Constant(settings.height), Constant(settings.width)),
-            axes=(0, 1),
-        )
+        anchor = fn.cast(fn.stack(numbers[_AT["noise_y"]], numbers[_AT["noise_x"]]), dtype=DALIDataType.INT32)
+        piece = fn.slice(bank, anchor, size, axes=(0, 1))
         result = math.clamp(picture + here[_AT["noise"]] * piece, 0.0, 1.0)
     else:
         result = picture

@@ -88,12 +88,13 @@ def operator_pipeline(
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
-        fed = _fed(source, decoded)
+        fed: Any = _fed(source, decoded)
         if decoded:
             tile = fed[0].gpu() if device == "gpu" else fed[0]
         else:
             tile = decode(fed[0], "mixed" if device == "gpu" else "cpu")
-        return all_steps(tile, *fed[1:], settings, device)
+        _, numbers, matrix, table, grid, holes = fed
+        return all_steps(tile, numbers, matrix, table, grid, holes, settings, device)
 
     pipeline = graph(
         batch_size=batch_size,

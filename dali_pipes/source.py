@@ -35,9 +35,10 @@ NUMBERS = (
     "blur",
     "sharpen",
     "noise",
-    "noise_x",
+    "noise_x",  # whole: where in the noise bank
     "noise_y",
 )
+NOISE_PLACES = 256  # along each side of the noise bank
 PLACEHOLDER = np.frombuffer(encode_level(np.zeros((16, 16), np.uint16)), np.uint8)
 
 
@@ -113,8 +114,8 @@ class Source:
             "blur": draw.blur_sigma,
             "sharpen": draw.sharpen,
             "noise": draw.noise_sigma,
-            "noise_x": draw.noise_x,
-            "noise_y": draw.noise_y,
+            "noise_x": int(draw.noise_x * NOISE_PLACES),
+            "noise_y": int(draw.noise_y * NOISE_PLACES),
         }
         return (
             Sample(

@@ -24,13 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_pipes.settings import ClaheSettings, PipelineSettings
-from dali_pipes.source import NUMBERS
+from dali_pipes.source import NOISE_PLACES, NUMBERS
 
 Grey = NDArray[Any]  # float32 [height, width] in [0, 1]
 Numbers = Mapping[Any, float]
 
 _VALUES = 1 << 16
-BANK_MARGIN = 256
 SHARPEN_SIGMA = 1.0  # of the unsharp mask, in output pixels
 
 
@@ -157,7 +156,7 @@ def add_noise(picture: Grey, bank: Grey, numbers: Numbers) -> Grey:
     if sigma <= 0:
         return picture
     height, width = picture.shape
-    top, left = (int(numbers[name] * BANK_MARGIN) for name in ("noise_y", "noise_x"))
+    top, left = (int(numbers[name]) for name in ("noise_y", "noise_x"))
     noisy = cv2.scaleAdd(bank[top : top + height, left : left + width], sigma, picture)
     return np.clip(noisy, 0, 1, out=noisy)
 
@@ -180,7 +179,7 @@ def noise_bank(height: int, width: int) -> Grey:
     """Standard normal numbers, the same always, larger than a picture: a sample's noise is a piece of them, which
     costs a tenth of drawing it anew."""
     rng = np.random.Generator(np.random.Philox(key=[0x6D616D6D, 0]))
-    return rng.standard_normal((height + BANK_MARGIN, width + BANK_MARGIN), np.float32)
+    return rng.standard_normal((height + NOISE_PLACES, width + NOISE_PLACES), np.float32)
 
 
 def gaussian_window(sigma: float) -> int:

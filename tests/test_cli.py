@@ -69,7 +69,7 @@ def test_main_job_command_by_command(work):
     run, out = work / "runs", work / "submission.csv"
     trained = call("train", "--store", work / "store", "--fold", "all", "--out", run, *TINY, "-q")
     assert trained.exit_code == 0, trained.output
-    assert (run / "fold0" / "checkpoints" / "best.pt").is_file()
+    assert (run / "fold0" / "checkpoints" / "best.safetensors").is_file()
     assert (run / "fold1" / "validation.csv").is_file()
     assert call("evaluate", "--store", work / "store", "--runs", run, "-q").exit_code == 0
     test = work / "rsna" / "test.csv"

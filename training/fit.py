@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store
 from training import folds, runs
+from training.batch_size import find_batch_size, memory_advice
 from training.build import pick_device
 from training.config import Config, DataSettings
 from training.distributed import World, world
@@ -50,10 +52,11 @@ def fit(
     store = store if isinstance(store, Store) else open_store(store)
     folder = Path(out) / f"fold{fold}"
     device = pick_device(config.train.device)
-    with world(device) as place:
+    with world(device) as place, memory_advice(config):
+        training, held_out = split(store, config.data, fold, place)
+        config = _with_batch_size(config, folder, device, len(training) // place.size, place)
         # Every process looks before the first one writes.
         done = _look(folder, config, store, resume)
-        training, held_out = split(store, config.data, fold, place)
         place.barrier()
         if done is not None:
             log.info("%s is finished; nothing to do.", folder)
@@ -107,6 +110,18 @@ def _limit(rows: pd.DataFrame, most: int | None) -> pd.DataFrame:
         negatives = rows.index[rows["cancer"] == 0][: max(1, most - len(positives))]
         rows = rows.loc[np.sort(np.concatenate([positives, negatives]))]
     return rows.reset_index(drop=True)
+
+
+def _with_batch_size(config: Config, folder: Path, device: torch.device, samples: int, place: World) -> Config:
+    """The configuration with the batch that fits where `train.auto_batch` asks for it: found once, then kept."""
+    if not config.train.auto_batch:
+        return config
+    if (folder / runs.CONFIG).is_file():
+        size = runs.FoldRun(folder, 0).config.data.loader.batch_size
+    else:
+        size = find_batch_size(config, device, samples, place)
+    loader = config.data.loader.model_copy(update={"batch_size": size})
+    return config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
 
 
 def _look(folder: Path, config: Config, store: Store, resume: bool) -> FitSummary | None:

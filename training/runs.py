@@ -130,6 +130,8 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if was["batch_size"] * environment.get("processes", 1) == now["batch_size"] * processes:
         was["batch_size"] = now["batch_size"]
+    if saved["train"].get("auto_batch") and wanted["train"]["auto_batch"]:  # the size that was found stays
+        was["batch_size"] = now["batch_size"]
     found = checkpoint.differences(saved, wanted)
     begun_on = environment.get("store_fingerprint")
     if begun_on != store.fingerprint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 
 from preprocessing.manifest import Store
@@ -189,6 +191,7 @@ class Session:
             "seconds": time.monotonic() - began,
             "drawn": dict(self.loader.drawn(at.epoch)),
             "best": is_best,
+            "memory_mb": round(_peak_memory(self.device) / 2**20, 1),
             "bad_samples": bad + len(self.loader.bad_samples),
         }
         self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
@@ -196,11 +199,13 @@ class Session:
             if is_best:
                 self._keep_best(predictions, record)
             self.monitor.log("epoch", record)
+            other = "" if settings.metric == "auroc" else f", {settings.metric} {value:.4f}"
             log.info(
-                "Epoch %d of %d: loss %.4f, validation %.4f, AUROC %.4f, %s %.4f%s, %.1f images/s",
-                *(at.epoch + 1, settings.epochs, record["train_loss"], loss, figures["auroc"], settings.metric, value),
-                *(" (best)" if is_best else "", record["images_per_s"]),
+                "Epoch %d of %d: loss %.4f, validation %.4f, AUROC %.4f%s%s; %.1f images/s, %.1f %% of it waiting",
+                *(at.epoch + 1, settings.epochs, record["train_loss"], loss, figures["auroc"], other),
+                *(" (best)" if is_best else "", record["images_per_s"], 100 * record["wait_share"]),
             )
+        gc.collect()  # here, where nothing waits for it
         at.epoch, at.batch = at.epoch + 1, 0
         at.loss_sum.zero_()
         self._save()
@@ -324,6 +329,11 @@ class Session:
 
     def _lr(self) -> float:
         return float(self.parts.optimizer.param_groups[0]["lr"])
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU so far, or what this process now has in RAM."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def _is_better(value: float, best: float, metric: str) -> bool:

@@ -1,7 +1,14 @@
 """Where the breast is in a picture.
 
 The search runs on a copy of at most 512 pixels a side and errs on the side of keeping: a crop that keeps some
-background costs a little resolution, one that cuts the breast costs a cancer.
+background costs a little resolution, one that cuts the breast costs a cancer. Its steps:
+1. Strips along the picture's edges (collimator, padding, noise) are set aside, where a whole line jumps at once.
+2. The background is a plane that much of the picture lies on, with all else on one side of it: the bright side, or the
+   dark one in a negative that does not say so. Where there is none, the breast fills the picture and nothing is cut.
+3. What stands out of that plane by more than its noise is breast or label. Opening takes off text and lines; the
+   largest piece is the breast, with others of its size; rectangles are label plates.
+4. Where the breast reaches a strip, the box goes on to the picture's edge.
+docs/crop.md has what it keeps and drops.
 """
 
 from __future__ import annotations
@@ -12,9 +19,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
 _SIDE = 512  # longest side of the copy that is searched
-_SMALLEST_SHARE = 0.02  # a mask below this share of the picture is no breast
-_PART_SHARE = 0.08  # pieces above this share of the largest one belong to the breast too
+_STRIP_SHARE = 0.10  # of a side, that a strip along an edge takes at most
+_LINE_SHARE = 0.6  # of a line's pixels, that jump together where a strip ends
+_SMALLEST_SHARE = 0.01  # a mask below this share of the picture is no breast
+_PART_SHARE = 0.08  # pieces above this share of the largest one may belong to the breast too
+_PLATE_FILL = 0.93  # share of its bounding box that a label plate fills
+_TOLERANCE = 0.02  # distance from the background's plane, as a share of the picture's range
+_PROPOSALS = 400  # planes that are tried
+_LOOKED_AT = 2000  # pixels that each is tried on
+_SMALLEST_BACKGROUND = 0.02  # share of the picture
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,7 @@ class Breast:
     """
 
     crop: Crop
-    mask: NDArray[np.bool_]
+    mask: Mask
 
 
 def find_breast(picture: NDArray[np.uint16], margin: float = 0.01) -> Breast:
@@ -53,56 +70,149 @@ def find_breast(picture: NDArray[np.uint16], margin: float = 0.01) -> Breast:
         margin: added on each side, as a share of the picture's longest side.
 
     Returns:
-        The box and the mask that it was taken from. Where no breast stands out from the background, the box is the
-        whole picture.
+        The box and the mask that it was taken from. Where no breast stands out from a background, both are the whole
+        picture.
     """
     rows, columns = picture.shape
     scale = min(1.0, _SIDE / max(rows, columns))
     size = (max(1, round(columns * scale)), max(1, round(rows * scale)))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    mask = _largest_parts(_opened(small > _threshold(small)))
-    if mask.mean() < _SMALLEST_SHARE:
-        return Breast(Crop(0, 0, rows, columns), np.ones_like(mask))
+    rough = picture[:: max(1, rows // (2 * _SIDE))]  # every k-th row is enough, and k times as fast
+    small = cv2.resize(rough, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    field = _field(small)
+    inside = _tissue(small[field])
+    mask = np.ones(small.shape, bool)
+    if inside is not None and inside.mean() >= _SMALLEST_SHARE:
+        mask[...] = False
+        mask[field] = inside
+        mask = _reach_over_strips(mask, field)
     return Breast(_box(mask, rows, columns, margin), mask)
 
 
-def _threshold(small: NDArray[np.float32]) -> float:
-    """A value between the background and the skin.
+def _field(small: Image) -> tuple[slice, slice]:
+    """The picture without the strips along its edges."""
+    spread = _spread(small)
+    top, bottom = _strip(small, spread), _strip(small[::-1], spread)
+    left, right = _strip(small.T, spread), _strip(small.T[::-1], spread)
+    return slice(top, small.shape[0] - bottom), slice(left, small.shape[1] - right)
 
-    Otsu's threshold parts background from tissue; the background's own level and noise are taken from what lies
-    below it, and the threshold goes as low as that noise allows, for skin is far darker than parenchyma.
+
+def _spread(values: Image) -> float:
+    """The range of values without their extremes."""
+    return float(np.subtract(*np.percentile(values[::2, ::2], (99.5, 0.5))))
+
+
+def _strip(lines: Image, spread: float) -> int:
+    """How many of the first lines are a strip: up to the last place where most of a line jumps at once.
+
+    Anatomy has no edge that is straight, parallel to the picture's and as long as it; the skin crosses a line at few
+    places, the chest wall lies beyond the picture. Where lines are noise, they jump everywhere: the place where that
+    stops ends the strip.
     """
-    low, high = np.percentile(small, (0.5, 99.5))
-    if high <= low:
-        return float(high)
-    scaled = np.clip((small - low) / (high - low) * 255, 0, 255).astype(np.uint8)
-    otsu, _ = cv2.threshold(scaled, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    background = small[scaled <= otsu]
-    level = float(np.median(background))
-    noise = 1.4826 * float(np.median(np.abs(background - level)))
-    split = low + (otsu + 1) / 255 * (high - low)
-    return min(float(split), level + max(4 * noise, 0.03 * (high - low)))
+    count = int(len(lines) * _STRIP_SHARE)
+    if count < 1 or spread <= 0:
+        return 0
+    steps = np.abs(np.diff(lines[: count + 2], axis=0))
+    jumps = np.flatnonzero((steps > 0.04 * spread).mean(axis=1) > _LINE_SHARE)
+    return int(jumps[-1]) + 1 if len(jumps) and jumps[-1] < count else 0
 
 
-def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Without text, thin frames and specks; what remains keeps its full outline."""
+def _tissue(field: Image) -> Mask | None:
+    """What stands out of the background and is no label, or None where there is no background."""
+    spread = _spread(field)
+    found = _background(field, spread) if spread > 0 else None
+    if found is None:
+        return None
+    background, turned = found
+    above = background - field if turned else field - background
+    sample = above[::2, ::2]
+    level = sample[np.abs(sample) < _TOLERANCE * spread]
+    noise = 1.4826 * float(np.median(np.abs(level))) if level.size else 0.0
+    reach = float(np.percentile(sample, 99.5))
+    seed = above > max(4 * noise, 0.03 * reach)
+    edge = above > max(2.5 * noise, 0.012 * reach)
+    return _pieces(_opened(seed), edge)
+
+
+def _background(field: Image, spread: float) -> tuple[Image, bool] | None:
+    """The plane that most of the picture lies on, with little on its other side; whether tissue is below it.
+
+    Random triples of pixels of the rim propose planes (RANSAC, Fischler and Bolles 1981). Fat and implants can be as
+    even as a background, but there is something darker and something brighter than they are: each share on the lesser
+    side counts ten times against a plane.
+    """
+    rows, columns = field.shape
+    rng = np.random.Generator(np.random.Philox(0))
+    rim = _rim(rows, columns)
+    corners = rim[rng.integers(len(rim), size=(_PROPOSALS, 3))]
+    terms = np.insert(corners / (rows, columns), 0, 1, axis=2)
+    terms = terms[np.abs(np.linalg.det(terms)) > 0.02]
+    heights = field[tuple((terms[..., 1:] * (rows, columns) + 0.5).astype(int).transpose(2, 0, 1))]
+    tilted = np.linalg.solve(terms, heights[..., None].astype(np.float64))[..., 0]
+    level = field[tuple(rim[rng.integers(len(rim), size=_PROPOSALS // 4)].T)]  # most backgrounds are
+    planes = np.concatenate([tilted, np.pad(level[:, None].astype(np.float64), ((0, 0), (0, 2)))])
+    step = max(1, int(np.sqrt(rows * columns / _LOOKED_AT)))
+    y, x = (grid.ravel() for grid in np.mgrid[0:rows:step, 0:columns:step])
+    places = np.stack([np.ones(len(y)), y / rows, x / columns], axis=1)
+    values = field[y, x]
+    rest = values - (planes @ places.T).astype(np.float32)
+    tolerance = _TOLERANCE * spread
+    brighter, darker = (rest > tolerance).mean(axis=1), (rest < -tolerance).mean(axis=1)
+    scores = 1 - brighter - darker - 10 * np.minimum(brighter, darker)
+    best = int(np.argmax(scores))
+    if scores[best] < _SMALLEST_BACKGROUND:
+        return None
+    plane = planes[best]
+    for _ in range(2):
+        near = np.abs(values - places @ plane) < tolerance
+        if near.sum() < 64:
+            break
+        plane = np.linalg.lstsq(places[near], values[near].astype(np.float64), rcond=None)[0]
+    height = plane[0] + plane[1] * np.arange(rows)[:, None] / rows + plane[2] * np.arange(columns) / columns
+    return height.astype(np.float32), bool(darker[best] > brighter[best])
+
+
+def _rim(rows: int, columns: int) -> NDArray[np.intp]:
+    """Row and column of every pixel near the edges, [N, 2]."""
+    depth = max(1, min(rows, columns) // 50)
+    rim = np.ones((rows, columns), bool)
+    rim[depth:-depth, depth:-depth] = False
+    return np.argwhere(rim)
+
+
+def _opened(mask: Mask) -> Mask:
+    """Without text, thin lines and specks; what remains keeps its full outline."""
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))
     # Replicated borders: the chest wall touches the picture's edge and must not be eroded from there.
     core = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_REPLICATE)
-    grown = cv2.dilate(core, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (15, 15)))
+    grown = cv2.dilate(core, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (11, 11)))
     return (grown > 0) & mask
 
 
-def _largest_parts(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _pieces(mask: Mask, edge: Mask) -> Mask:
+    """The largest piece, others of its size that are no plates, and around them what of `edge` is connected."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     if count <= 1:
         return np.zeros_like(mask)
     areas = stats[1:, cv2.CC_STAT_AREA]
-    wanted = 1 + np.flatnonzero(areas >= _PART_SHARE * areas.max())
-    return np.isin(labels, wanted)
+    fill = areas / (stats[1:, cv2.CC_STAT_WIDTH] * stats[1:, cv2.CC_STAT_HEIGHT])
+    plates = (fill > _PLATE_FILL) & (areas < 0.1 * mask.size)
+    tissue = ~plates if not plates.all() else plates
+    largest = areas[tissue].max()
+    wanted = 1 + np.flatnonzero(tissue & (areas >= _PART_SHARE * largest))
+    found = np.isin(labels, wanted)
+    near = cv2.dilate(found.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13))) > 0
+    return found | (near & edge)
 
 
-def _box(mask: NDArray[np.bool_], rows: int, columns: int, margin: float) -> Crop:
+def _reach_over_strips(mask: Mask, field: tuple[slice, slice]) -> Mask:
+    """The breast's outermost line in the field repeated over each strip."""
+    (top, bottom), (left, right) = ((part.start, part.stop) for part in field)
+    mask[:top], mask[bottom:] = mask[top], mask[bottom - 1]
+    mask[:, :left], mask[:, right:] = mask[:, left : left + 1], mask[:, right - 1 : right]
+    return mask
+
+
+def _box(mask: Mask, rows: int, columns: int, margin: float) -> Crop:
     extra = margin * max(rows, columns)
     top, bottom = _span(np.flatnonzero(mask.any(axis=1)), rows / mask.shape[0], rows, extra)
     left, right = _span(np.flatnonzero(mask.any(axis=0)), columns / mask.shape[1], columns, extra)

@@ -1,0 +1,251 @@
+import gc
+import threading
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from dali_pipes.loader import Loader
+from dali_pipes.plan import Draw
+from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
+from dali_pipes.source import Source
+from preprocessing.errors import StoreError
+from preprocessing.manifest import level_column
+from preprocessing.tiles import read_level
+from tests.dali_pipes.stores import flipped, make_store
+
+# Every change, often.
+AUGMENT = AugmentSettings(vflip=0.5, noise=0.5, blur=0.5, sharpen=0.5, grid=0.5, dropout=0.5, grid_dropout=0.3)
+PIPELINE = PipelineSettings(height=64, width=48, augment=AUGMENT)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("loader") / "store")
+
+
+def batches(store, batch_size=4, train=True, epoch=2, start=0, threads=2, seed=5, pipeline=PIPELINE, **more):
+    rank = {name: more.pop(name) for name in ("rank", "world_size", "arrays") if name in more}
+    settings = LoaderSettings(batch_size=batch_size, val_batch_size=batch_size, threads=threads, **more)
+    with Loader(store, store.manifest, pipeline, settings, seed=seed, train=train, **rank) as loader:
+        return list(loader.epoch(epoch, start))
+
+
+def joined(found, name="image"):
+    return torch.cat([batch[name] for batch in found])
+
+
+def test_a_batch_is_what_the_contract_says(store):
+    (first, *_) = found = batches(store, train=False, batch_size=7)
+    assert [len(batch["index"]) for batch in found] == [7, 7, 6]
+    assert first["image"].shape == (7, 1, 64, 48)
+    assert {name: value.dtype for name, value in first.items()} == {
+        "image": torch.float32,
+        "label": torch.float32,
+        "index": torch.int64,
+        "ok": torch.bool,
+    }
+    assert joined(found, "index").tolist() == list(range(20))
+    assert joined(found, "label").tolist() == store.manifest["cancer"].tolist()
+    assert joined(found, "ok").all()
+    pictures = joined(found) * PIPELINE.std + PIPELINE.mean
+    assert pictures.min() >= -1e-6
+    assert pictures.max() <= 1 + 1e-6
+    assert all(picture.std() > 0.1 for picture in pictures)
+
+
+@pytest.mark.parametrize(("batch_size", "threads"), [(4, 2), (7, 4), (4, 1)])
+def test_the_stream_is_the_same_for_any_batch_size_and_number_of_threads(store, batch_size, threads):
+    alone = batches(store, batch_size=1, threads=1, epoch_samples=28)
+    together = batches(store, batch_size=batch_size, threads=threads, epoch_samples=28)
+    assert torch.equal(joined(alone, "index"), joined(together, "index"))
+    assert torch.equal(joined(alone), joined(together))
+    assert len(joined(alone)) == 28
+
+
+def test_three_ranks_together_see_what_one_sees(store):
+    alone = batches(store, batch_size=6, epoch_samples=24)
+    ranks = [batches(store, batch_size=2, rank=r, world_size=3, epoch_samples=24) for r in range(3)]
+    for step, batch in enumerate(alone):
+        assert torch.equal(batch["index"], joined([rank[step] for rank in ranks], "index"))
+        assert torch.equal(batch["image"], joined([rank[step] for rank in ranks]))
+
+
+def test_three_ranks_validate_every_row_once(store):
+    found = [joined(batches(store, train=False, rank=r, world_size=3), "index") for r in range(3)]
+    assert sorted(torch.cat(found).tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_a_restart_at_any_step_continues_the_stream(store, start):
+    whole, rest = batches(store), batches(store, start=start)
+    assert len(rest) == 5 - start
+    assert torch.equal(joined(whole[start:]), joined(rest))
+
+
+def test_a_start_past_the_end_gives_nothing(store):
+    assert batches(store, start=5) == []
+
+
+def test_epochs_and_seeds_differ(store):
+    one = joined(batches(store))
+    assert not torch.equal(one, joined(batches(store, epoch=3)))
+    assert not torch.equal(one, joined(batches(store, seed=6)))
+
+
+def test_a_loader_gives_epoch_after_epoch_also_when_one_was_left_halfway(store):
+    settings = LoaderSettings(batch_size=4, threads=2)
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5) as loader:
+        next(loader.epoch(1))
+        assert torch.equal(joined(list(loader.epoch(2))), joined(batches(store)))
+        assert torch.equal(joined(list(loader.epoch(3))), joined(batches(store, epoch=3)))
+        assert loader.steps_per_epoch == len(loader) == 5
+        assert loader.drawn(2) == {"negative": 10, "positive": 10}
+        assert loader.wait_s > 0
+
+
+def test_an_epoch_that_was_overtaken_by_another_says_so(store):
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=4, threads=2)) as loader:
+        first = loader.epoch(0)
+        next(first)
+        next(loader.epoch(1))
+        with pytest.raises(RuntimeError, match="another epoch"):
+            next(first)
+
+
+def test_what_is_drawn_is_what_drawn_says(store):
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=3, positive_share=0.3)) as loader:
+        labels = joined(list(loader.epoch(7)), "label")
+        assert loader.drawn(7) == {"negative": int((labels == 0).sum()), "positive": int((labels == 1).sum())}
+
+
+def test_many_loaders_side_by_side_do_not_mix(store):
+    settings = LoaderSettings(batch_size=4, val_batch_size=4, threads=2)
+    expected = joined(batches(store))
+    with (
+        Loader(store, store.manifest, PIPELINE, settings, seed=5) as one,
+        Loader(store, store.manifest, PIPELINE, settings, train=False) as two,
+        Loader(store, store.manifest, PIPELINE, settings, seed=5) as three,
+    ):
+        found = list(zip(one.epoch(2), two.epoch(0), three.epoch(2), strict=True))
+    assert torch.equal(joined([a for a, _, _ in found]), expected)
+    assert torch.equal(joined([c for _, _, c in found]), expected)
+    assert joined([b for _, b, _ in found], "index").tolist() == list(range(20))
+
+
+def test_batches_stay_as_they_are_when_later_ones_come(store):
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2, threads=2), seed=5) as loader:
+        kept = [(batch["image"], batch["image"].clone()) for batch in loader.epoch(0)]
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
+def test_a_closed_loader_leaves_no_threads(store):
+    gc.collect()
+    before = set(threading.enumerate())
+    batches(store)
+    assert set(threading.enumerate()) <= before
+
+
+def test_decoded_arrays_give_the_same_bits_as_tiles(store):
+    def level(row, name):
+        return read_level(store.root / store.manifest[level_column("path", name)].iloc[row])
+
+    for train in (True, False):
+        assert torch.equal(joined(batches(store, train=train)), joined(batches(store, train=train, arrays=level)))
+
+
+def test_three_channels_are_three_times_one(store):
+    three = joined(batches(store, pipeline=PIPELINE.model_copy(update={"channels": 3})))
+    assert torch.equal(three, joined(batches(store)).expand(-1, 3, -1, -1))
+
+
+def test_the_level_read_is_the_smallest_that_need_not_be_enlarged(store, tmp_path):
+    other = make_store(tmp_path / "store")
+    for path in (other.root / "tiles" / "full").rglob("*.tif"):
+        path.unlink()
+    for path in (other.root / "tiles" / "128").rglob("*.tif"):
+        path.unlink()
+    found = batches(other, train=False, pipeline=PIPELINE)
+    assert torch.equal(joined(found), joined(batches(store, train=False)))
+
+
+@pytest.mark.parametrize("codec", ["deflate", "lzw", "none", "htj2k"])
+def test_every_codec_of_the_conversion_gives_the_same_bits(store, tmp_path, codec):
+    other = make_store(tmp_path / "store", count=6, codec=codec)
+    assert torch.equal(joined(batches(other, train=False)), joined(batches(store, train=False))[:6])
+
+
+def test_a_picture_without_clahe_or_augmentation_is_the_window_of_its_level(tmp_path):
+    store = make_store(tmp_path / "store", count=1, sizes=((64, 64),))
+    plain = PipelineSettings(height=64, width=64, clahe=ClaheSettings(enabled=False), mean=0, std=1)
+    level = read_level(store.root / store.manifest["path_64"].iloc[0]).astype(np.float64)
+    expected = np.clip((level - 2047.5) / 4095 + 0.5, 0, 1)  # PS3.3 C.11.2.1.2.1, centre 2048, width 4096
+    image = joined(batches(store, train=False, pipeline=plain))[0, 0].numpy()
+    assert np.abs(image - expected).max() < 1e-5
+
+
+def path_of(store, row, level="64"):
+    return store.root / store.manifest[level_column("path", level)].iloc[row]
+
+
+def test_a_damaged_tile_costs_its_sample_alone(store, tmp_path):
+    other = make_store(tmp_path / "store")
+    flipped(path_of(other, 3), 1000)
+    path_of(other, 5).unlink()
+    path_of(other, 8).write_bytes(path_of(other, 8).read_bytes()[:-10])
+    path_of(other, 9).write_bytes(path_of(other, 10).read_bytes())
+    path_of(other, 11).write_bytes(b"")
+    found, sound = batches(other, train=False), batches(store, train=False)
+    ok = joined(found, "ok")
+    assert (~ok).nonzero().flatten().tolist() == [3, 5, 8, 9, 11]
+    assert torch.equal(joined(found)[ok], joined(sound)[ok])
+    assert joined(found, "index").tolist() == list(range(20))
+    assert torch.isfinite(joined(found)).all()
+
+
+def test_more_damaged_tiles_than_allowed_stop_the_run_and_are_listed(tmp_path):
+    other = make_store(tmp_path / "store")
+    for row in (2, 6, 7):
+        flipped(path_of(other, row), 500 + row)
+    assert len(batches(other, train=False, max_bad_samples=3)) == 5
+    with pytest.raises(StoreError, match="3 damaged tiles") as error:
+        batches(other, train=False, max_bad_samples=2)
+    assert all(str(path_of(other, row)) in str(error.value) for row in (2, 6, 7))
+
+
+def test_a_damaged_tile_counts_once_however_often_it_comes(tmp_path):
+    other = make_store(tmp_path / "store")
+    flipped(path_of(other, 0), 77)  # a positive, which balance repeats
+    settings = LoaderSettings(batch_size=4, max_bad_samples=1, threads=2)
+    with Loader(other, other.manifest, PIPELINE, settings) as loader:
+        bad = sum(int((~batch["ok"]).sum()) for epoch in range(3) for batch in loader.epoch(epoch))
+        assert bad > 3
+        assert list(loader.bad_samples) == [0]
+
+
+def test_every_single_bit_flip_is_found(store, tmp_path):
+    other = make_store(tmp_path / "store", count=1)
+    path = path_of(other, 0)
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    source = Source(other, other.manifest, PIPELINE)
+    assert source.sample(0, Draw())[1] is None
+    found = 0
+    bits = [*range(64), *rng.integers(0, len(data) * 8, 200), len(data) * 8 - 1]
+    for bit in bits:
+        flipped(path, int(bit))
+        found += source.sample(0, Draw())[1] is not None
+        path.write_bytes(data)
+    assert found == len(bits)
+
+
+def test_memory_does_not_grow_with_the_epochs(store):
+    process = psutil.Process()
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=4, threads=2)) as loader:
+        for epoch in range(10):
+            joined(list(loader.epoch(epoch)))
+        before = process.memory_info().rss
+        for epoch in range(40):
+            joined(list(loader.epoch(epoch)))
+        assert process.memory_info().rss - before < 30e6

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+
+from dali_pipes.plan import Draw, Plan
+from dali_pipes.settings import AugmentSettings, LoaderSettings
+
+LABELS = np.array([1.0] * 20 + [0.0] * 980)
+
+
+def make(labels=LABELS, seed=1, train=True, rank=0, world_size=1, augment=None, **settings):
+    return Plan(labels, LoaderSettings(**settings), seed, train, augment or AugmentSettings(), rank, world_size)
+
+
+def same(one: Draw, other: Draw):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
+def test_a_balanced_epoch_has_the_share_asked_for(share):
+    drawn = make(positive_share=share, batch_size=8).drawn(0)
+    assert abs(drawn["positive"] / sum(drawn.values()) - share) < 0.01
+
+
+def test_positives_of_a_balanced_epoch_are_spread_over_all_of_it():
+    order = make(positive_share=0.125).order(0)
+    positive = LABELS[order] == 1
+    assert all(positive[start : start + 16].any() for start in range(len(order) - 16))
+
+
+def test_a_balanced_epoch_shows_no_row_twice_more_often_than_another_of_its_class():
+    counts = np.bincount(make(positive_share=0.5).order(3), minlength=1000)
+    assert np.ptp(counts[:20]) <= 1
+    assert counts[20:].max() == 1
+
+
+def test_a_natural_epoch_is_a_permutation():
+    order = make(sampling="natural").order(0)
+    assert sorted(order) == list(range(1000))
+    assert list(order) != list(range(1000))
+
+
+def test_epoch_samples_sets_the_length_of_training_epochs_only():
+    assert make(sampling="natural", epoch_samples=2500, batch_size=10).steps == 250
+    assert make(train=False, epoch_samples=2500, val_batch_size=10).steps == 100
+
+
+def test_a_weighted_epoch_draws_the_classes_alike():
+    drawn = make(sampling="weighted", epoch_samples=20_000, batch_size=10).drawn(0)
+    assert abs(drawn["positive"] / 20_000 - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("labels", [np.zeros(30), np.ones(30), np.full(30, np.nan)])
+def test_balance_among_one_class_is_the_natural_order(labels):
+    assert sorted(make(labels).order(0)) == list(range(30))
+
+
+@pytest.mark.parametrize("sampling", ["natural", "balanced", "weighted"])
+def test_epochs_and_seeds_differ_and_repeat_themselves(sampling):
+    plan = make(sampling=sampling)
+    assert np.array_equal(plan.order(4), make(sampling=sampling).order(4))
+    assert not np.array_equal(plan.order(4), plan.order(5))
+    assert not np.array_equal(plan.order(4), make(sampling=sampling, seed=2).order(4))
+    assert same(plan.sample(4, 7), plan.sample(4, 7))
+    numbers = {plan.sample(epoch, place).pick for epoch in range(5) for place in range(5)}
+    assert len(numbers) == 25
+    assert plan.sample(0, 0).pick != make(sampling=sampling, seed=2).sample(0, 0).pick
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_ranks_share_an_epoch_without_gap_or_overlap(train):
+    plans = [make(rank=r, world_size=3, train=train, batch_size=4, val_batch_size=4) for r in range(3)]
+    places = np.concatenate([plan.places(step) for plan in plans for step in range(plan.steps)])
+    expected = 1000 // 12 * 12 if train else 1000
+    assert sorted(places) == list(range(expected))
+    assert len({plan.steps for plan in plans}) == 1
+
+
+def test_validation_neither_drops_nor_repeats_nor_changes():
+    plan = make(train=False, val_batch_size=7)
+    places = np.concatenate([plan.places(step) for step in range(plan.steps)])
+    assert np.array_equal(plan.order(0)[places], np.arange(1000))
+    assert same(plan.sample(0, 5), Draw())
+
+
+def test_a_rank_without_rows_has_no_steps():
+    assert make(np.zeros(2), train=False, rank=2, world_size=3).steps == 0
+
+
+def test_turning_one_change_off_leaves_the_others_as_they_were():
+    on, off = make(), make(augment=AugmentSettings(hflip=0, blur=0, grid=0, dropout=0))
+    for place in range(50):
+        a, b = on.sample(0, place), off.sample(0, place)
+        assert (a.angle, a.zoom, a.pick, a.brightness, a.noise_sigma) == (
+            b.angle,
+            b.zoom,
+            b.pick,
+            b.brightness,
+            b.noise_sigma,
+        )
+        assert not b.hflip
+        assert b.blur_sigma == 0
+        assert b.grid is None
+
+
+def test_changes_come_with_their_probabilities_and_within_their_limits():
+    settings = AugmentSettings()
+    draws = [make().sample(1, place) for place in range(4000)]
+    share = lambda happens: np.mean([happens(draw) for draw in draws])  # noqa: E731
+    assert abs(share(lambda d: d.hflip) - settings.hflip) < 0.03
+    assert abs(share(lambda d: d.vflip) - settings.vflip) < 0.03
+    assert abs(share(lambda d: d.angle != 0) - settings.affine) < 0.03
+    assert abs(share(lambda d: d.contrast != 1) - settings.tone) < 0.03
+    assert abs(share(lambda d: d.noise_sigma > 0) - settings.noise) < 0.03
+    assert abs(share(lambda d: d.grid is not None) - settings.grid) < 0.03
+    assert abs(share(lambda d: len(d.holes) > 0) - settings.dropout) < 0.03
+    angles = np.array([d.angle for d in draws])
+    assert 14 < np.abs(angles).max() <= settings.rotate_deg
+    assert abs(angles.mean()) < 0.5
+    assert max(abs(d.shift_x) for d in draws) <= settings.shift
+    assert max(abs(d.zoom - 1) for d in draws) <= settings.scale
+    holes = np.concatenate([d.holes for d in draws])
+    assert holes.min() >= 0
+    assert holes.max() <= 1
+    assert ((holes[:, 2:] - holes[:, :2]) <= settings.dropout_size + 1e-6).all()
+    assert max(len(d.holes) for d in draws) == settings.dropout_holes
+    assert max(np.abs(d.grid).max() for d in draws if d.grid is not None) <= settings.grid_limit

@@ -21,6 +21,7 @@ from preprocessing.synth import synthesize
 from training import intake, runs
 from training.config import Config, load_config
 from training.ensemble import Ensemble, open_ensemble
+from training.fit import fit
 from training.model import build_model
 from training.partial import Part, Partial
 from training.predict import PredictSummary, predict
@@ -172,6 +173,22 @@ def test_it_is_the_mean_of_the_folds_probabilities_on_the_runs_own_tensors(data:
     found = pictures.set_index("image_id")["prediction"].loc[rows["image_id"]]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert found.std() > 0.01
+
+
+@pytest.mark.slow
+def test_prediction_repeats_what_validation_saw_in_training(tmp_path: Path):
+    synthesize(tmp_path / "data", patients=8, test_patients=0, seed=9)
+    convert(tmp_path / "data/train_images", tmp_path / "data/train.csv", tmp_path / "store", SETTINGS, workers=1)
+    config = load_config(
+        None,
+        (*TINY, "data.folds=2", "train.epochs=1", "train.max_steps=2", "data.loader.batch_size=4", "train.lr=0.01"),
+    )
+    fit(config, open_store(tmp_path / "store"), 1, tmp_path / "run", console=None)
+    predict([tmp_path / "run/fold1"], tmp_path / "s.csv", store=tmp_path / "store", device="cpu")
+    validated = runs.open_run(tmp_path / "run").folds[0].validation.set_index("image_id")["prediction"]
+    found = pd.read_csv(tmp_path / "predictions_images.csv", dtype={"image_id": str}).set_index("image_id")
+    assert 0 < len(validated) < len(found)
+    np.testing.assert_allclose(found.loc[validated.index, "prediction"], validated, atol=1e-6)
 
 
 def test_three_bad_images_of_thirty_cost_no_row(copy: Path, run: Path, through_store: Path):

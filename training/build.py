@@ -88,6 +88,11 @@ def build_parts(
     model = build_model(config.model, config.pipeline.channels)
     # DistributedDataParallel hands the first process's weights to the others, so one download is enough.
     weights = load_pretrained(model, config.model, config.pipeline.channels) if pretrained and world.is_main else ""
+    if weights.startswith("none") and config.model.freeze_stages:
+        raise ConfigError(
+            f"model.freeze_stages = {config.model.freeze_stages} would keep random weights, as there are no pretrained "
+            "ones (see model.weights); set it to 0."
+        )
     if world.size > 1 and device.type == "cuda" and train.sync_batchnorm:
         model.backbone = convert_sync_batchnorm(model.backbone)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
@@ -101,7 +106,10 @@ def build_parts(
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
     precision = pick_precision(train.precision, device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=device.type == "cuda"
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        fused=device.type == "cuda",
     )
     parts = Parts(
         model=model,

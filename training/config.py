@@ -53,6 +53,12 @@ class ModelSettings(_Settings):
         default=(), description="Auxiliary heads."
     )
     aux_weight: float = Field(default=0.1, ge=0, description="Weight of each auxiliary loss.")
+    freeze_stages: int = Field(
+        default=0,
+        ge=0,
+        description="Stages of the backbone, counted from the input and with the stem, that keep their first weights: "
+        "training costs less, most of all on a CPU, and small data overfit less.",
+    )
     gradient_checkpointing: bool = Field(default=False, description="Trade time for memory.")
     channels_last: bool = Field(default=True, description="Memory format of the convolutions.")
     compile: bool = Field(default=False, description="torch.compile the model.")

@@ -11,6 +11,7 @@ from typing import cast
 import timm
 import torch
 from timm.layers.norm import LayerNorm2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from preprocessing.errors import ConfigError
@@ -45,9 +46,27 @@ def build_model(settings: ModelSettings, in_chans: int = 1) -> MammoModel:
             f"model.backbone = '{settings.backbone}': it cannot be built with {in_chans} input channel(s) and "
             f"drop_path {settings.drop_path} ({' '.join(str(error).split())}); choose another backbone."
         ) from None
+    _freeze(backbone, settings)
     if settings.gradient_checkpointing:
         cast(nn.Module, backbone).set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
     return MammoModel(backbone, settings)
+
+
+def _freeze(backbone: nn.Module, settings: ModelSettings) -> None:
+    """Take the stem and the first stages out of training; their batch statistics still follow the pictures."""
+    if not settings.freeze_stages:
+        return
+    matcher = backbone.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+    stage_of = group_parameters(backbone, matcher, reverse=True)
+    stages = sorted(set(stage_of.values()))
+    if settings.freeze_stages >= len(stages) - 1:
+        raise ConfigError(
+            f"model.freeze_stages = {settings.freeze_stages}: {settings.backbone} has {len(stages) - 1} stages after "
+            "its stem; leave at least one to train."
+        )
+    for name, stage in stage_of.items():
+        if stage <= stages[settings.freeze_stages]:
+            backbone.get_parameter(name).requires_grad_(False)
 
 
 class MammoModel(nn.Module):

@@ -204,3 +204,21 @@ def test_only_data_is_read_from_a_weights_file(tmp_path):
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(InputError, match="not readable as weights"):
         weights.read_state(tmp_path / "evil.pth")
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", LITE, "convnext_atto"])
+def test_frozen_stages_are_the_first_ones_and_no_gradient_reaches_them(backbone):
+    free, frozen = _model(backbone=backbone), _model(backbone=backbone, freeze_stages=2)
+    kept = [name for name, parameter in frozen.named_parameters() if not parameter.requires_grad]
+    names = [name for name, _ in free.named_parameters()]
+    assert kept
+    assert all(name.startswith("backbone.") for name in kept)
+    assert names[: len(kept)] == kept  # a run of them from the input on
+    frozen.train()(torch.randn(2, 1, 64, 64)).sum().backward()
+    assert all(frozen.get_parameter(name).grad is None for name in kept)
+    assert frozen.head.weight.grad is not None
+
+
+def test_freezing_everything_is_refused():
+    with pytest.raises(ConfigError, match="leave at least one to train"):
+        _model(freeze_stages=9)

@@ -1,0 +1,173 @@
+"""Does it learn? Trains folds of a store within a stated budget and prints AUROC per breast, with intervals, by fold.
+
+    python benchmarks/learning.py --store STORE [--config rsna-subset] [--fold 0]... [--minutes 45] [--json FILE]
+    python benchmarks/learning.py --synthetic 60 --config small-cpu --fold 0     easy data, made on the spot
+    python benchmarks/learning.py --store STORE --shuffle-labels                  must come out near 0.5: no leak
+
+The epochs are as many as fit the budget, by a short trial first, and at most those of the configuration.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from preprocessing.convert import convert
+from preprocessing.manifest import Store, open_store
+from preprocessing.settings import ConvertSettings
+from preprocessing.synth import synthesize
+from training import evaluate, fit, metrics, runs
+from training.config import Config, load_config
+from training.console import Console
+from training.folds import read_or_make_folds
+
+TRIAL_STEPS = 8
+
+
+def epochs_that_fit(config: Config, store: Store, fold: int, minutes: float, folder: Path) -> int:
+    """Epochs that a fold can be trained for in so many minutes, by a trial of a few steps and one validation."""
+    trial = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1, "max_steps": TRIAL_STEPS})})
+    begun = time.monotonic()
+    fit.fit(trial, store, fold, folder)
+    start_up = time.monotonic() - begun
+    (record,) = runs.open_run(folder).folds[0].records("epoch")
+    batch = config.data.loader.batch_size
+    training = TRIAL_STEPS * config.train.accumulate * batch / record["images_per_s"]
+    validation = record["seconds"] - training
+    samples = config.data.loader.epoch_samples or len(fit.split(store, config.data, fold)[0])
+    epoch = samples / record["images_per_s"] + validation
+    left = 60 * minutes - (start_up - record["seconds"])
+    return max(1, min(config.train.epochs, int(left / epoch)))
+
+
+def shuffled(store: Store, folder: Path, seed: int = 0) -> Store:
+    """The store with its patients' labels dealt out anew: pictures of a patient keep together, labels mean nothing."""
+    folder.mkdir(parents=True)
+    shutil.copy(store.root / "store.json", folder)
+    (folder / "tiles").symlink_to((store.root / "tiles").resolve())
+    rows = store.manifest
+    sick = rows.groupby("patient_id")["cancer"].max()
+    dealt = dict(zip(sick.index, np.random.default_rng(seed).permutation(sick.to_numpy()), strict=True))
+    rows.assign(cancer=rows["patient_id"].map(dealt).astype("float32")).to_parquet(folder / "manifest.parquet")
+    return open_store(folder)
+
+
+def judge(out: Path, seconds: dict[int, float]) -> dict[str, Any]:
+    """Figures of the run: by fold with its own interval, over all folds, and by machine."""
+    result = evaluate.evaluate(out)
+    frame = evaluate.out_of_fold(runs.open_run(out))
+    rows: list[dict[str, Any]] = []
+    for fold in runs.open_run(out).folds:
+        breasts = metrics.per_breast(frame[frame["fold"] == fold.fold], result["aggregate"])
+        figures = metrics.summarise(breasts["cancer"], breasts["prediction"])
+        rows.append(
+            {
+                "fold": fold.fold,
+                "auroc": figures["auroc"],
+                "interval": metrics.bootstrap(breasts)["auroc"],
+                "last_epoch_auroc": fold.records("epoch")[-1]["auroc"],  # not chosen by its own value
+                "breasts": figures["count"],
+                "positives": figures["positives"],
+                "minutes": seconds[fold.fold] / 60,
+            }
+        )
+    machines = [part for part in result["subgroups"] if part["group"] == "machine_id"]
+    return {
+        "folds": rows,
+        "mean_last_epoch_auroc": float(np.mean([row["last_epoch_auroc"] for row in rows])),
+        "mean_auroc": result["mean_of_folds"]["auroc"],
+        "pooled_auroc": result["breast"]["auroc"],
+        "pooled_interval": result["breast"]["intervals"]["auroc"],
+        "machines": [
+            {name: part[name] for name in ("value", "count", "positives", "auroc", "average_precision")}
+            for part in machines
+        ],
+    }
+
+
+@click.command()
+@click.option("--store", type=click.Path(path_type=Path), default=None, help="The store to learn from.")
+@click.option("--synthetic", type=int, default=None, help="Make an easy data set of so many patients instead.")
+@click.option("--config", "source", default="rsna-subset", show_default=True, help="A preset's name or a YAML file.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@click.option("--fold", "folds", type=int, multiple=True, help="Folds to train; repeatable.  [default: all]")
+@click.option("--minutes", type=float, default=45.0, show_default=True, help="Budget of a fold.")
+@click.option("--shuffle-labels", is_flag=True, help="Deal the labels out anew over the patients first.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Keep the run there.")
+@click.option("--json", "result_file", type=click.Path(path_type=Path), default=None, help="Write the figures there.")
+def main(
+    store: Path | None,
+    synthetic: int | None,
+    source: str,
+    overrides: tuple[str, ...],
+    folds: tuple[int, ...],
+    minutes: float,
+    shuffle_labels: bool,
+    out: Path | None,
+    result_file: Path | None,
+) -> None:
+    """Train and print."""
+    config = load_config(source, overrides)
+    with tempfile.TemporaryDirectory() as temporary, Console(directory=out) as console:
+        scratch = Path(temporary)
+        opened = _store(store, synthetic, config, scratch)
+        if shuffle_labels:
+            opened = shuffled(opened, scratch / "shuffled")
+        numbers = folds or tuple(sorted(int(f) for f in read_or_make_folds(opened, config.data)["fold"].unique()))
+        epochs = epochs_that_fit(config, opened, numbers[0], minutes, scratch / "trial")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
+        console.print(f"{epochs} epochs fit into {minutes:g} minutes a fold.")
+        seconds = {}
+        for fold in numbers:
+            begun = time.monotonic()
+            console.print(str(fit.fit(config, opened, fold, out or scratch / "run", console=console)))
+            seconds[fold] = time.monotonic() - begun
+        found = {"config": source, "epochs": epochs, "minutes": minutes, **judge(out or scratch / "run", seconds)}
+        console.table("AUROC per breast, by fold", [_shown(row) for row in found["folds"]])
+        console.table("AUROC per breast, by machine", [_machine(row) for row in found["machines"]])
+        low, high = found["pooled_interval"] or (float("nan"), float("nan"))
+        pooled = f"{found['pooled_auroc']:.4f} ({low:.4f} to {high:.4f})"
+        click.echo(f"Mean of folds {found['mean_auroc']:.4f}; pooled {pooled}")
+    if result_file:
+        runs.write_json(result_file, found)
+
+
+def _store(store: Path | None, synthetic: int | None, config: Config, scratch: Path) -> Store:
+    if store is not None:
+        return open_store(store)
+    if synthetic is None:
+        raise click.UsageError("give --store, or --synthetic with a number of patients")
+    synthesize(scratch / "data", patients=synthetic, contrast=1.5)
+    largest = max(config.pipeline.height, config.pipeline.width, 256)
+    settings = ConvertSettings(levels=("full", str(largest)))
+    convert(scratch / "data" / "train_images", scratch / "data" / "train.csv", scratch / "store", settings)
+    return open_store(scratch / "store")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    low, high = row["interval"] or (float("nan"), float("nan"))
+    return {
+        "fold": str(row["fold"]),
+        "AUROC": f"{row['auroc']:.4f}",
+        "95 % interval": f"{low:.4f} to {high:.4f}",
+        "last epoch": f"{row['last_epoch_auroc']:.4f}",
+        "breasts": str(row["breasts"]),
+        "with cancer": str(row["positives"]),
+        "minutes": f"{row['minutes']:.1f}",
+    }
+
+
+def _machine(row: dict[str, Any]) -> dict[str, str]:
+    auroc = "n/a" if row["auroc"] is None else f"{row['auroc']:.4f}"
+    counts = {"breasts": str(row["count"]), "with cancer": str(row["positives"])}
+    return {"machine": row["value"] or "unknown", "AUROC": auroc, **counts}
+
+
+if __name__ == "__main__":
+    main()

@@ -99,6 +99,8 @@ def render(
     outline = _outline(breast, view, generator(seed, "outline"))
     mask = frame.x[None, :] < outline.depth(frame.y)[:, None]
     coarse = _Frame(*SIZES["small"][:2], TISSUE_SPACING)
+    reach = float(outline.depth(coarse.y).max()) + 10  # nothing to compose beyond the skin
+    coarse = _Frame(coarse.shape[0], min(coarse.shape[1], int(reach / TISSUE_SPACING)), TISSUE_SPACING)
     tissue = _tissue(breast, outline, coarse, lambda name: generator(seed, name))
     picture = frame.take(tissue, coarse.spacing)
     picture += np.float32(0.020) * _fractal(generator(seed, "fine"), frame, 4.0, spacing)
@@ -117,11 +119,10 @@ def render(
         ]
     _label(picture, breast.laterality, view, frame, generator(seed, "label"))
     grain = generator(seed, "grain").standard_normal(picture.shape, dtype=np.float32)
-    picture += (
-        grain
-        * np.sqrt(0.0006 * (noise / 0.012) ** 2 + noise**2 * np.clip(picture, 0, 1))
-        * np.where(mask, np.float32(1), np.float32(0.15))
-    )
+    variance = np.float32(noise**2) * (np.clip(picture, 0, 1) + np.float32(4.2))  # of the quanta, and of the detector
+    grain *= np.sqrt(variance, out=variance)
+    grain *= np.where(mask, np.float32(1), np.float32(0.15))
+    picture += grain
     return Phantom(picture, mask, tuple(lesions), spacing)
 
 
@@ -138,13 +139,15 @@ class _Frame:
         return self.shape[0] * self.spacing
 
     def take(self, picture: Image, spacing: float) -> Image:
-        """The part of a picture of another spacing that this frame covers, from the same corner."""
-        if picture.shape == self.shape and spacing == self.spacing:
-            return picture
+        """The part of a picture of another spacing that this frame covers, from the same corner; 0 beyond it."""
+        if spacing == self.spacing:
+            whole = np.zeros(self.shape, np.float32)
+            whole[:, : picture.shape[1]] = picture
+            return whole
         zoom = self.spacing / spacing
         matrix = np.array([[zoom, 0, zoom / 2 - 0.5], [0, zoom, zoom / 2 - 0.5]], np.float32)
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(picture, matrix, self.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)  # pyright: ignore[reportReturnType]
+        return cv2.warpAffine(picture, matrix, self.shape[::-1], flags=flags)  # pyright: ignore[reportReturnType]
 
     def pixel(self, millimetres: float) -> float:
         return millimetres / self.spacing
@@ -218,7 +221,7 @@ def _tissue(breast: Breast, outline: _Outline, frame: _Frame, draw: Callable[[st
     padded = cv2.copyMakeBorder(padded, 0, 0, 0, 1, cv2.BORDER_CONSTANT, value=0)
     skin_mm = cv2.distanceTransform(padded, cv2.DIST_L2, 5)[wall:-wall, wall:-1] * frame.spacing
     thickness = np.sqrt(1 - (1 - np.clip(skin_mm / 18.0, 0, 1)) ** 2)  # the edge of a compressed breast is round
-    cloud = _fractal(draw("cloud"), frame, 64.0, 0.8)
+    cloud = _fractal(draw("cloud"), frame, 64.0, 2.0)
     gland = _gland(breast.density, mask, outline, frame, cloud, draw("gland"))
     strands = _strands(frame, (nipple_x, nipple_y), draw("strands"))
     detail = _fractal(draw("detail"), frame, 14.0, frame.spacing)
@@ -243,7 +246,7 @@ def _gland(
     centre_x, centre_y = nipple_x * rng.uniform(0.50, 0.62), nipple_y - rng.uniform(0, 12)
     spread_x, spread_y = nipple_x * 0.42, (outline.reach[1] - outline.reach[0]) * 0.27
     bump = np.exp(-(((x - centre_x) / spread_x) ** 2 + ((y - centre_y) / spread_y) ** 2) / 2)
-    field = 2.6 * bump + 0.65 * cloud + 0.30 * _fractal(rng, frame, 10.0, 0.8)
+    field = 2.6 * bump + 0.65 * cloud + 0.30 * _fractal(rng, frame, 10.0, 1.25)
     share = GLAND_SHARE[density] * rng.uniform(0.85, 1.15)
     level = np.quantile(field[::4, ::4][mask[::4, ::4]], 1 - min(share, 0.92))
     return 1 / (1 + np.exp(-np.clip((field - level) * 4.0, -30, 30)))
@@ -285,13 +288,16 @@ def _muscle(
 ) -> None:
     """The pectoral muscle: a bright triangle with a slightly convex edge, its fibres along that edge."""
     width, length = corner
-    x, y = frame.x[None, :], frame.y[:, None]
+    rows, columns = (int(frame.pixel(reach)) + 1 for reach in (length + 6, width + 6))
+    corner_frame = _Frame(min(rows, frame.shape[0]), min(columns, frame.shape[1]), frame.spacing)
+    x, y = corner_frame.x[None, :], corner_frame.y[:, None]
     edge = width * (1 - np.clip(y / length, 0, 1) ** 1.25)
     inside = 1 / (1 + np.exp(-np.clip((edge - x) / 0.9, -30, 30))) * np.clip((length - y) / 8 + 0.5, 0, 1)
-    fibres = np.sin((x / width + y / length) * rng.uniform(20, 32) + 2.0 * _fractal(rng, frame, 50.0, 3.0))
-    body = 0.62 + 0.015 * fibres + 0.03 * _fractal(rng, frame, 30.0, 1.0) + 0.04 * (1 - y / length)
-    picture *= 1 - inside
-    picture += inside * body
+    wobble, grain = _fractal(rng, corner_frame, 50.0, 3.0), _fractal(rng, corner_frame, 30.0, 1.0)
+    fibres = np.sin((x / width + y / length) * rng.uniform(20, 32) + 2.0 * wobble)
+    body = 0.62 + 0.015 * fibres + 0.03 * grain + 0.04 * (1 - y / length)
+    part = picture[: corner_frame.shape[0], : corner_frame.shape[1]]
+    part += inside * (body - part)
 
 
 def _implant(picture: Image, outline: _Outline, frame: _Frame, rng: np.random.Generator) -> None:
@@ -406,4 +412,5 @@ def _fractal(rng: np.random.Generator, frame: _Frame, coarsest_mm: float, finest
     matrix = np.array([[1 / zoom, 0, 1], [0, 1 / zoom, 1]], np.float32)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     whole = cv2.warpAffine(field, matrix, frame.shape[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT)
-    return (whole / whole[::4, ::4].std()).astype(np.float32)
+    whole *= np.float32(1 / whole[::4, ::4].std())
+    return np.asarray(whole, np.float32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import cv2
@@ -15,6 +18,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from dali_pipes.cache import LevelCache, shared_cache
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Plan
 from dali_pipes.settings import LoaderSettings, PipelineSettings
@@ -22,14 +26,18 @@ from dali_pipes.source import Fault, Sample, Source
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store
 
+log = logging.getLogger(__name__)
+
 Batch = dict[str, torch.Tensor]
 
 
 class _Fed(NamedTuple):
-    """A batch on its way through the graph: its rows, and what is wrong with some of them."""
+    """A batch on its way through the graph: its rows, what is wrong with some of them, and the arrays that the graph
+    reads in place."""
 
     rows: NDArray[np.int64]
     faults: list[Fault]
+    columns: Sequence[Sequence[Any]]
 
 
 class Loader:
@@ -66,13 +74,15 @@ class Loader:
     ) -> None:
         self._labels = rows["cancer"].to_numpy(np.float32)
         self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size)
-        self._source = Source(store, rows, pipeline, arrays)
+        self._open_source = partial(Source, store, rows, pipeline, arrays)
         self._settings, self._pipeline_settings = loader, pipeline
-        self._decoded, self._device = arrays is not None, torch.device(device)
+        self._device = torch.device(device)
         self._threads = loader.threads or len(os.sched_getaffinity(0))
         self._pool: ThreadPoolExecutor | None = None
+        self._resources = ExitStack()
+        self._cache: LevelCache | None = None
         self._graph: Any = None
-        self._feed: Iterator[tuple[_Fed, Sequence[Sequence[Any]]]] = iter(())
+        self._feed: Iterator[_Fed] = iter(())
         self._underway: deque[_Fed] = deque()
         self._faults: dict[int, str] = {}
         self._epoch_running = 0
@@ -82,6 +92,11 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """Batches of an epoch for this rank."""
         return self._plan.steps
+
+    @property
+    def cache(self) -> LevelCache | None:
+        """The cache in use: its hits, misses and bytes."""
+        return self._cache
 
     @property
     def bad_samples(self) -> dict[int, str]:
@@ -102,6 +117,7 @@ class Loader:
         if self._graph is not None:
             self._end_epoch()
             self._graph = None
+        self._resources.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -132,19 +148,31 @@ class Loader:
                 raise RuntimeError("another epoch of this loader was begun before this one ended")
             began = time.monotonic()
         self._graph.reset()
+        if self._cache is not None:
+            log.info("Cache: %s.", self._cache)
 
     def _open(self) -> None:
         if self._graph is not None:
             return
-        self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
-        shared = (self._next_fed, self._pipeline_settings, self._plan.batch_size)
-        common = (*shared, self._threads, self._settings.prefetch)
-        if self._device.type == "cpu":
-            cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
-            self._graph = host_pipeline(*common, self._pool, self._decoded)
+        settings, on_gpu = self._settings, self._device.type == "cuda"
+        if on_gpu and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
+        on_device = on_gpu and settings.cache == "device"
+        if settings.cache != "none":
+            place = str(self._device) if on_device else "cpu"
+            self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
+        self._source = self._open_source(self._cache, self._upload) if on_device else self._open_source(self._cache)
+        fed = (self._next_fed, self._pipeline_settings, self._plan.batch_size, self._threads, settings.prefetch)
+        decoded = self._source.gives_arrays
+        if on_gpu:
+            self._graph = operator_pipeline(*fed, self._device.index, decoded, on_device)
         else:
-            number = self._device.index if self._device.index is not None else torch.cuda.current_device()
-            self._graph = operator_pipeline(*common, number, self._decoded)
+            cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
+            self._graph = host_pipeline(*fed, self._pool, decoded)
+
+    def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
+        return torch.from_numpy(level.view(np.int16)).to(self._device)
 
     def _end_epoch(self) -> None:
         """Throw away what is still on its way, and make the graph ready for another epoch."""
@@ -158,11 +186,11 @@ class Loader:
 
     def _next_fed(self) -> Sequence[Sequence[Any]]:
         """What the graph asks for when it has room; StopIteration ends its epoch."""
-        fed, columns = next(self._feed)
+        fed = next(self._feed)
         self._underway.append(fed)
-        return columns
+        return fed.columns
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[tuple[_Fed, Sequence[Sequence[Any]]]]:
+    def _batches(self, epoch: int, start_step: int) -> Iterator[_Fed]:
         """Rows and samples, read one batch ahead of the graph."""
         assert self._pool is not None
         order = self._plan.order(epoch)
@@ -176,7 +204,7 @@ class Loader:
                 rows, jobs = ahead.popleft()
                 samples, faults = zip(*(job.result() for job in jobs), strict=True)
                 columns = [list(column) for column in zip(*samples, strict=True)]
-                yield _Fed(rows, [fault for fault in faults if fault]), columns
+                yield _Fed(rows, [fault for fault in faults if fault], columns)
 
     def _sample(self, epoch: int, row: int, place: int) -> tuple[Sample, Fault | None]:
         return self._source.sample(row, self._plan.sample(epoch, place))

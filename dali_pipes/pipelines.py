@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -74,12 +75,14 @@ def operator_pipeline(
     prefetch: int,
     device_id: int | None,
     decoded: bool = False,
+    on_device: bool = False,
 ) -> Pipeline:
     """The same pipeline with every step a DALI operator, on a GPU.
 
     Args:
         source, settings, batch_size, threads, prefetch, decoded: as for `host_pipeline`.
         device_id: of the GPU; None for DALI's CPU backend, where tests compare it with the other pipeline.
+        on_device: the source gives levels as tensors on the GPU, int16 in the place of uint16.
 
     Returns:
         A built pipeline whose output is float32 [B, C, H, W] on the device.
@@ -88,8 +91,10 @@ def operator_pipeline(
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
-        fed: Any = _fed(source, decoded)
-        if decoded:
+        fed: Any = _fed_on_device(source) if on_device else _fed(source, decoded)
+        if on_device:
+            tile = fn.reinterpret(fed[0], dtype=DALIDataType.UINT16)
+        elif decoded:
             tile = fed[0].gpu() if device == "gpu" else fed[0]
         else:
             tile = decode(fed[0], "mixed" if device == "gpu" else "cpu")
@@ -114,7 +119,37 @@ def decode(encoded: Any, device: str) -> Any:
 
 @do_not_convert
 def _fed(source: Callable[[], Any], decoded: bool) -> Any:
-    kinds, dimensions = (list(column) for column in zip(*_FED, strict=True))
+    """A batch's columns as nodes. Nothing is copied: the loader holds the arrays until the batch has come out."""
+    columns: Any = zip(*_FED, strict=True)
+    kinds, dimensions = map(list, columns)
     if decoded:
         kinds[0], dimensions[0] = DALIDataType.UINT16, 3
-    return fn.external_source(source=source, num_outputs=len(_FED), batch=True, dtype=kinds, ndim=dimensions)
+    return fn.external_source(
+        source=source, num_outputs=len(_FED), batch=True, dtype=kinds, ndim=dimensions, no_copy=True
+    )
+
+
+@do_not_convert
+def _fed_on_device(source: Callable[[], Any]) -> Any:
+    """As `_fed`, the pictures being on the GPU already."""
+    waiting: deque[Any] = deque()
+
+    def arguments() -> Any:
+        pictures, *others = source()
+        waiting.append(pictures)
+        return others
+
+    def pictures() -> Any:
+        if not waiting:
+            raise StopIteration
+        return waiting.popleft()
+
+    columns: Any = zip(*_FED[1:], strict=True)
+    kinds, dimensions = map(list, columns)
+    others = fn.external_source(
+        source=arguments, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions, no_copy=True
+    )
+    on_gpu = fn.external_source(
+        source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, device="gpu", no_copy=True
+    )
+    return [on_gpu, *others]

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dali_pipes.cache import LevelCache
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
 from preprocessing import grayscale
 from preprocessing.manifest import Store, level_column, pick_level
-from preprocessing.tiles import encode_level
+from preprocessing.tiles import decode_level, encode_level
 
 # Numbers a sample that the steps are told, in this order; see `Sample.numbers`.
 NUMBERS = (
@@ -46,7 +47,7 @@ class Sample(NamedTuple):
     """One sample as the graph is fed with it.
 
     Attributes:
-        picture: an encoded tile file, uint8 [bytes], or a decoded level, uint16 [rows, columns, 1].
+        picture: an encoded tile file, uint8 [bytes], or a decoded level, uint16 [rows, columns, 1], where `place` put it.
         numbers: float32 [len(NUMBERS)].
         matrix: float32 [2, 3], from output to level coordinates; pixel i covers [i, i + 1).
         table: float32 [n], the VOI LUT over tile values, in [0, 1]; one 0 where there is none.
@@ -54,7 +55,7 @@ class Sample(NamedTuple):
         holes: float32 [k, 4], top, left, bottom, right in output pixels.
     """
 
-    picture: NDArray[Any]
+    picture: Any
     numbers: NDArray[np.float32]
     matrix: NDArray[np.float32]
     table: NDArray[np.float32]
@@ -78,6 +79,8 @@ class Source:
         pipeline: what is made of them.
         arrays: gives the decoded level of a row (uint16 [rows, columns]) instead of its tile file; it is called with
             the row's position and the level's name, from several threads.
+        cache: keeps decoded levels; tiles are then decoded here and samples hold arrays.
+        place: makes of an array what the graph is fed with and the cache holds: it may upload it.
     """
 
     def __init__(
@@ -86,17 +89,23 @@ class Source:
         rows: pd.DataFrame,
         pipeline: PipelineSettings,
         arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
+        cache: LevelCache | None = None,
+        place: Callable[[NDArray[np.uint16]], Any] = lambda array: array,
     ) -> None:
-        self._root, self._levels, self._pipeline, self._arrays = store.root, store.levels, pipeline, arrays
+        self._root, self._levels, self._pipeline = store.root, store.levels, pipeline
+        self._arrays, self._cache, self._place = arrays, cache, place
+        blank = place(np.zeros((16, 16, 1), np.uint16)) if self.gives_arrays else PLACEHOLDER
+        self._placeholder = _placeholder(blank)
         self._rows: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
 
     def sample(self, row: int, draw: Draw) -> tuple[Sample, Fault | None]:
         """The sample of a row, and what is wrong with its tile, if anything."""
         facts = self._rows[row]
         level = self.level(row)
-        picture, reason = self._read(row, level)
-        if picture is None:
-            return self._placeholder(), Fault(row, reason)
+        try:
+            picture = self._read(row, level)
+        except _UnusableError as error:
+            return self._placeholder, Fault(row, str(error))
         height, width = int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
         shown = self._pipeline.height, self._pipeline.width
         matrix = output_to_level(height, width, *shown, draw, self._mirrored(facts))
@@ -135,18 +144,31 @@ class Source:
         size = int(facts["crop_height"]), int(facts["crop_width"])
         return pick_level(self._levels, *size, self._pipeline.height, self._pipeline.width)
 
-    def _read(self, row: int, level: str) -> tuple[NDArray[Any] | None, str]:
+    @property
+    def gives_arrays(self) -> bool:
+        """Whether samples hold decoded levels, not tile files."""
+        return self._arrays is not None or self._cache is not None
+
+    def _read(self, row: int, level: str) -> Any:
+        """What a sample holds of its picture. Raises `_UnusableError`."""
         if self._arrays is not None:
-            return np.ascontiguousarray(self._arrays(row, level))[..., None], ""
+            return self._place(np.ascontiguousarray(self._arrays(row, level))[..., None])
+        if self._cache is None:
+            return np.frombuffer(self._file(row, level), np.uint8)
+        facts = self._rows[row]
+        key = (str(self._root), facts[level_column("path", level)], facts[level_column("crc32", level)])
+        return self._cache.get(key, lambda: self._place(decode_level(self._file(row, level))[..., None]))
+
+    def _file(self, row: int, level: str) -> bytes:
         facts = self._rows[row]
         path = self._root / facts[level_column("path", level)]
         try:
             data = path.read_bytes()
         except OSError as error:
-            return None, f"{path}: {error.strerror or type(error).__name__}"
+            raise _UnusableError(f"{path}: {error.strerror or type(error).__name__}") from None
         if zlib.crc32(data) != int(facts[level_column("crc32", level)]):
-            return None, f"{path}: its CRC-32 is not the manifest's"
-        return np.frombuffer(data, np.uint8), ""
+            raise _UnusableError(f"{path}: its CRC-32 is not the manifest's")
+        return data
 
     def _mirrored(self, facts: dict[str, Any]) -> bool:
         return self._pipeline.orient and facts["laterality"] == "R"
@@ -157,17 +179,22 @@ class Source:
         cells = draw.grid.shape[0] - 1
         return draw.grid * np.array([self._pipeline.width / cells, self._pipeline.height / cells], np.float32)
 
-    def _placeholder(self) -> Sample:
-        numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0}
-        picture = PLACEHOLDER if self._arrays is None else np.zeros((16, 16, 1), np.uint16)
-        return Sample(
-            picture,
-            np.array([numbers[name] for name in NUMBERS], np.float32),
-            np.eye(2, 3, dtype=np.float32),
-            np.zeros(1, np.float32),
-            np.zeros((2, 2, 2), np.float32),
-            np.zeros((0, 4), np.float32),
-        )
+
+class _UnusableError(Exception):
+    """A tile that is missing or damaged."""
+
+
+def _placeholder(picture: Any) -> Sample:
+    """A black sample in the place of a damaged one."""
+    numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0}
+    return Sample(
+        picture,
+        np.array([numbers[name] for name in NUMBERS], np.float32),
+        np.eye(2, 3, dtype=np.float32),
+        np.zeros(1, np.float32),
+        np.zeros((2, 2, 2), np.float32),
+        np.zeros((0, 4), np.float32),
+    )
 
 
 def output_to_level(

@@ -6,6 +6,7 @@ import psutil
 import pytest
 import torch
 
+from dali_pipes.cache import LevelCache
 from dali_pipes.loader import Loader
 from dali_pipes.plan import Draw
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
@@ -249,3 +250,42 @@ def test_memory_does_not_grow_with_the_epochs(store):
         for epoch in range(40):
             joined(list(loader.epoch(epoch)))
         assert process.memory_info().rss - before < 30e6
+
+
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_a_cache_changes_no_bit_and_serves_the_second_epoch(store, cache):
+    settings = LoaderSettings(batch_size=4, threads=2, cache=cache)
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5) as loader:
+        assert torch.equal(joined(list(loader.epoch(2))), joined(batches(store, epoch=2)))
+        before = loader.cache.misses
+        assert torch.equal(joined(list(loader.epoch(2))), joined(batches(store, epoch=2)))
+        assert loader.cache.misses == before
+        assert loader.cache.hits >= 20
+
+
+def test_loaders_share_a_cache_until_the_last_one_closes(store):
+    settings = LoaderSettings(batch_size=4, val_batch_size=4, threads=2, cache="host")
+    with Loader(store, store.manifest, PIPELINE, settings, train=False) as one:
+        list(one.epoch(0))
+        with Loader(store, store.manifest, PIPELINE, settings, train=False) as two:
+            list(two.epoch(0))
+            assert two.cache is one.cache
+            assert two.cache.hits == two.cache.misses == 20
+    with Loader(store, store.manifest, PIPELINE, settings, train=False) as three:
+        list(three.epoch(0))
+        assert three.cache.hits == 0
+
+
+def test_a_cache_keeps_to_its_budget():
+    cache = LevelCache(1000)
+    for key in range(10):
+        assert cache.get(key, lambda: np.zeros(300, np.uint8)).nbytes == 300
+    assert cache.bytes == 900
+    assert [cache.get(key, lambda: np.zeros(300, np.uint8)) is not None for key in range(10)].count(True) == 10
+    assert cache.hits == 3
+
+
+def test_a_damaged_tile_is_found_with_a_cache_too(tmp_path):
+    other = make_store(tmp_path / "store", count=6)
+    flipped(path_of(other, 3), 1000)
+    assert joined(batches(other, train=False, cache="host"), "ok").tolist() == [True] * 3 + [False] + [True] * 2

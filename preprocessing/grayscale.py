@@ -1,127 +1,103 @@
-"""The standard's grayscale maths: stored values to tile values, and VOI windows and LUTs in tile units.
+"""The standard's grayscale maths: stored values to tile values, and a manifest row's windows in tile units.
 
-PS3.3 C.7.6.3 (stored values), C.11.1 (Modality LUT), C.11.2 (VOI LUT), C.7.6.3.1.2 (photometric interpretation).
+DICOM shows a stored value s through the Modality LUT x = slope·s + intercept (PS3.3 C.11.1), a VOI transformation of x
+(C.11.2), and for MONOCHROME1 the inversion of the result (C.7.6.3.1.2). A tile keeps t = s - offset, turned where
+`inverted`; since every step up to the window's own curve is linear, a window in x is a window in t with other ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import pandas as pd
+from preprocessing.decode import Decoded
 
-    from preprocessing.decode import Decoded
-
-    Row = Mapping[str, Any] | pd.Series
+Row = Mapping[str, Any] | pd.Series
+_NARROWEST = (
+    1e-3  # tile units: a LINEAR window of width 1 is a step, and a ramp this steep between whole numbers is one
+)
 
 
 class TileWindow(NamedTuple):
-    """A VOI window on tile values t: u = (t - low) / (high - low), then clip(u, 0, 1) or a sigmoid of it."""
+    """A VOI window over tile values: with u = (t - low) / (high - low), grey is u clipped to [0, 1], or
+    1 / (1 + exp(-4 (u - 1/2))) where `sigmoid`. high > low."""
 
     low: float
     high: float
-    sigmoid: bool
-
-    def apply(self, tile: NDArray[np.number]) -> NDArray[np.float32]:
-        """The windowed picture, float32 in [0, 1]."""
-        u = (tile.astype(np.float32) - self.low) / (self.high - self.low)
-        shown = 1 / (1 + np.exp(-4 * (u - 0.5))) if self.sigmoid else np.clip(u, 0, 1)
-        return shown.astype(np.float32)
-
-
-def to_stored_values(
-    raw: NDArray[np.integer], bits_stored: int, high_bit: int, signed: bool
-) -> NDArray[np.uint16] | NDArray[np.int16]:
-    """Values out of their cells: bits outside BitsStored dropped, the sign extended (PS3.5 8.1.1).
-
-    Args:
-        raw: cells of 8 or 16 bits as unsigned integers.
-        bits_stored: 1 to 16 (0028,0101).
-        high_bit: the most significant bit's place in the cell (0028,0102).
-        signed: PixelRepresentation is 1 (0028,0103).
-    """
-    mask = (1 << bits_stored) - 1
-    values = (raw.astype(np.uint16, copy=False) >> np.uint16(high_bit + 1 - bits_stored)) & np.uint16(mask)
-    if not signed:
-        return values
-    shift = np.uint16(16 - bits_stored)
-    return (values << shift).view(np.int16) >> shift.astype(np.int16)
-
-
-def is_inverted(photometric: str, rescale_slope: float) -> bool:
-    """Whether dark is dense in the stored values: MONOCHROME1 (PS3.3 C.7.6.3.1.2), or a slope that turns them."""
-    return (photometric == "MONOCHROME1") != (rescale_slope < 0)
+    sigmoid: bool = False
 
 
 def to_tile_values(decoded: Decoded, inverted: bool) -> NDArray[np.uint16]:
-    """Tile values: unsigned, bright is dense, padding 0.
+    """Tile values, uint16 [rows, columns] in 0 … 2^bits_stored - 1: unsigned, bright is dense, padding is 0.
 
     Args:
-        decoded: a picture's stored values and facts.
-        inverted: turn it, as MONOCHROME1 asks: 2^bits_stored - 1 - (stored - value_offset).
-
-    Returns:
-        uint16 [rows, columns], 0 to 2^bits_stored - 1.
+        decoded: a picture.
+        inverted: turn it: it is MONOCHROME1, or its CSV says that it is a negative.
     """
     header = decoded.header
-    tile = (decoded.stored.astype(np.int32) - header.value_offset).astype(np.uint16)
+    stored = decoded.stored
+    values = stored.astype(np.uint16)  # two's complement wraps, and the offset wraps back
+    if header.value_offset:
+        values -= np.uint16(header.value_offset & 0xFFFF)
     if inverted:
-        tile = np.uint16((1 << header.bits_stored) - 1) - tile
+        np.subtract(np.uint16(2**header.bits_stored - 1), values, out=values)
     if header.padding:
         low, high = min(header.padding), max(header.padding)
-        tile[(decoded.stored >= low) & (decoded.stored <= high)] = 0
-    return tile
+        values[(stored >= low) & (stored <= high)] = 0
+    return values
+
+
+def is_inverted(photometric: str, rescale_slope: float) -> bool:
+    """Whether larger stored values are darker: MONOCHROME1, or a negative slope, but not both."""
+    return (photometric == "MONOCHROME1") != (rescale_slope < 0)
 
 
 def tile_windows(row: Row) -> list[TileWindow]:
-    """The row's VOI windows in tile units, in the file's order.
+    """A manifest row's VOI windows in tile units, in the file's order.
 
-    A picture without window or VOI LUT has one ramp over the breast's percentiles; one with a VOI LUT alone has none.
+    One ramp over the breast's percentiles where the file has neither windows nor a VOI LUT; none where it has only a
+    VOI LUT (`tile_voi_lut`).
     """
-    centers, widths, functions = (_list(row[f"window_{name}"]) for name in ("center", "width", "function"))
-    windows = [_window(row, float(c), float(w), str(f)) for c, w, f in zip(centers, widths, functions, strict=True)]
-    if not windows and not len(_list(row["voi_lut"])):
-        low, high = float(row["percentile_low"]), float(row["percentile_high"])
-        windows = [TileWindow(low, max(high, low + 1), False)]
-    return windows
+    windows = [
+        _window(row, float(center), float(width), str(function))
+        for center, width, function in zip(
+            row["window_center"], row["window_width"], row["window_function"], strict=True
+        )
+    ]
+    if windows or len(row["voi_lut"]):
+        return windows
+    low = float(row["percentile_low"])
+    return [TileWindow(low, max(float(row["percentile_high"]), low + 1))]
 
 
 def tile_voi_lut(row: Row) -> NDArray[np.float32] | None:
-    """The VOI LUT as a table over tile values (PS3.3 C.11.2.1.1): float32 [2^bits_stored] in [0, 1], or None."""
-    data = np.asarray(_list(row["voi_lut"]), dtype=np.float64)
-    if not data.size:
+    """A manifest row's VOI LUT (PS3.3 C.11.2.1.1) as grey in [0, 1] over tile values, float32 [2^bits_stored]; None
+    where the file has none. Values outside its input range take its first or last entry."""
+    lut = np.asarray(row["voi_lut"], np.float32)
+    if not lut.size:
         return None
-    position = np.rint(_modality_values(row)).astype(np.int64) - int(row["voi_lut_first"])
-    shown = data[np.clip(position, 0, data.size - 1)] / (2.0 ** int(row["voi_lut_bits"]) - 1)
-    turned = bool(row["inverted"]) != (float(row["rescale_slope"]) < 0)  # a negative slope turned the values already
-    return (1 - shown if turned else shown).clip(0, 1).astype(np.float32)
-
-
-def _modality_values(row: Row) -> NDArray[np.float64]:
-    """The modality value of each tile value (PS3.3 C.11.1.1.2)."""
-    tile = np.arange(1 << int(row["bits_stored"]), dtype=np.float64)
-    stored = (tile[::-1] if bool(row["inverted"]) else tile) + int(row["value_offset"])
-    return stored * float(row["rescale_slope"]) + float(row["rescale_intercept"])
+    top = 2 ** int(row["bits_stored"]) - 1
+    tile = np.arange(top + 1)
+    stored = (top - tile if row["inverted"] else tile) + int(row["value_offset"])
+    modality = stored * float(row["rescale_slope"]) + float(row["rescale_intercept"])
+    index = np.clip(np.floor(modality - float(row["voi_lut_first"])), 0, lut.size - 1).astype(np.int64)
+    grey = np.clip(lut[index] / np.float32(2 ** int(row["voi_lut_bits"]) - 1), 0, 1)
+    return 1 - grey if row["inverted"] else grey
 
 
 def _window(row: Row, center: float, width: float, function: str) -> TileWindow:
-    """Where the window begins and ends (PS3.3 C.11.2.1.2.1 LINEAR, C.11.2.1.3.1 SIGMOID, C.11.2.1.3.2 LINEAR_EXACT)."""
-    if function == "LINEAR":
-        # (x - (c - 0.5)) / (w - 1) + 0.5; a width of 1 is a step, which no ramp can be: as narrow as a float tells.
-        half, middle = max(width - 1, 1e-3) / 2, center - 0.5
-    else:
-        half, middle = max(width, 1e-3) / 2, center
+    """One window: its ends in modality units, in stored values, in tile values."""
+    if function == "LINEAR":  # C.11.2.1.2.1: between c - 0.5 ± (w - 1) / 2
+        center, width = center - 0.5, width - 1
+    # C.11.2.1.3.1 SIGMOID and C.11.2.1.3.2 LINEAR_EXACT: between c ± w / 2
     slope, intercept = float(row["rescale_slope"]), float(row["rescale_intercept"])
-    ends = [(edge - intercept) / slope - int(row["value_offset"]) for edge in (middle - half, middle + half)]
-    if bool(row["inverted"]):
-        top = (1 << int(row["bits_stored"])) - 1
-        ends = [top - ends[1], top - ends[0]]
-    return TileWindow(min(ends), max(ends), function == "SIGMOID")
-
-
-def _list(value: Any) -> Any:
-    return [] if value is None or (isinstance(value, float) and np.isnan(value)) else value
+    ends = sorted((end - intercept) / slope for end in (center - width / 2, center + width / 2))
+    low, high = (end - int(row["value_offset"]) for end in ends)
+    if row["inverted"]:
+        top = 2 ** int(row["bits_stored"]) - 1
+        low, high = top - high, top - low
+    return TileWindow(low, max(high, low + _NARROWEST), function == "SIGMOID")

@@ -1,53 +1,60 @@
-"""May this file be decoded at all? Typed rejections, and checks that keep decoders from crashing or inventing pixels.
+"""May this file be decoded at all? The typed reasons for which it may not, and the checks before any codec sees it.
 
-Decoders trust headers: a native picture shorter than Rows × Columns, a codestream of another size, or an odd
-BitsAllocated makes them crash or hand back memory that nobody wrote. Each check here stands for one of those.
+Decoders written in C trust what they are told: short PixelData, zero bits, a FIFO or a picture larger than its header
+says end or hang the process, or hand out unwritten memory. Nothing reaches them that has not passed here.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-import struct
+from collections.abc import Sequence
 from enum import StrEnum
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_BYTES = 2 * 2**30  # DICOM's defined lengths end at 4 GiB; no mammogram comes near 2
-MAX_SIDE = 65535
+LARGEST_FILE = 4 * 2**30  # bytes; a tomosynthesis file of 100 frames at full size has about 1.7 GB
+SMALLEST_SIDE = 2  # rows or columns
 
 
 class Reason(StrEnum):
-    """Why an input was not converted. The text is what rejected.csv says."""
+    """Why an input did not make it into the store: the column `reason` of rejected.csv."""
 
-    ABSENT = "absent"
-    NOT_A_FILE = "not_a_file"
-    UNREADABLE = "unreadable"
-    EMPTY = "empty"
-    TOO_LARGE = "too_large"
-    NOT_A_PICTURE = "not_a_picture"
-    BAD_HEADER = "bad_header"
-    NO_PIXELS = "no_pixels"
-    NOT_GRAYSCALE = "not_grayscale"
-    MULTI_FRAME = "multi_frame"
-    UNSUPPORTED = "unsupported_transfer_syntax"
-    MISMATCH = "codestream_mismatch"
-    TRUNCATED = "truncated"
-    DECODE_FAILED = "decode_failed"
-    OUT_OF_RANGE = "out_of_range"
-    BLANK = "blank"
-    HALF_DECODED = "half_decoded"
-    TIMEOUT = "timeout"
-    CRASH = "crash"
-    MEMORY = "memory"
-    INTERNAL = "internal"
+    ABSENT = "absent"  # named in the CSV, no file there
+    NOT_A_FILE = "not_a_file"  # directory, FIFO, device, socket, symlink loop
+    UNREADABLE = "unreadable"  # permission, I/O error
+    EMPTY = "empty"  # no bytes
+    TOO_LARGE = "too_large"  # bytes or pixels over the limit
+    NOT_AN_IMAGE = "not_an_image"  # none of DICOM, PNG, JPEG and TIFF
+    BAD_HEADER = "bad_header"  # a tag that must be there is absent, damaged or out of range
+    UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"  # no codec, or not a still picture
+    UNSUPPORTED_PIXELS = "unsupported_pixels"  # 1-bit, over 16 bits, floating point
+    MISSING_PIXEL_DATA = "missing_pixel_data"  # a DICOM object without a picture
+    MULTI_FRAME = "multi_frame"  # tomosynthesis and other stacks, or a frame that is not there
+    COLOUR = "colour"  # more than one sample a pixel
+    SIZE_MISMATCH = "size_mismatch"  # header and pixel data disagree on rows, columns or bits
+    TRUNCATED = "truncated"  # the pixel data end too early
+    DECODE_FAILED = "decode_failed"  # the codec refused it
+    OUT_OF_RANGE = "out_of_range"  # values that Bits Stored does not allow
+    BLANK = "blank"  # one value everywhere
+    HALF_DECODED = "half_decoded"  # the rest of the picture is filler
+    TIMEOUT = "timeout"  # not decoded within the time limit
+    CRASH = "crash"  # its process died
+    MEMORY = "memory"  # it needs more memory than a worker may take
+    INTERNAL = "internal"  # a fault of this program
 
 
-class Rejection(Exception):  # noqa: N818 - an outcome of the file, not a fault of the program
-    """An input that cannot be used. `detail` holds tag names and numbers, never text out of the file."""
+class Rejection(Exception):  # noqa: N818  it is an outcome, not a fault
+    """A source file that cannot be used.
+
+    Attributes:
+        reason: the kind.
+        detail: what was found and expected. Tag names and numbers only: never a value that may identify a patient.
+    """
 
     def __init__(self, reason: Reason | str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -55,145 +62,94 @@ class Rejection(Exception):  # noqa: N818 - an outcome of the file, not a fault 
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
 
 
-class Codestream(NamedTuple):
-    """What a compressed frame says of itself."""
-
-    kind: str  # jpeg (baseline, extended), jpeg_lossless, jpeg_ls, jpeg2000, htj2k
-    rows: int
-    columns: int
-    components: int
-    precision: int
-    signed: bool
-    ended: bool  # the end marker is there
-
-
-def check_file(path: Path) -> int:
-    """Size in bytes of a regular file that is neither empty nor absurdly large; nothing is opened.
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading; never hangs on a FIFO and never touches a device.
 
     Raises:
-        Rejection: absent, not_a_file (a folder, FIFO, device, or a loop of links), empty, too_large, unreadable.
+        Rejection: absent, not a regular file, unreadable, empty or larger than `LARGEST_FILE`.
     """
     try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+        _check_regular(os.stat(path))
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
         raise Rejection(Reason.ABSENT, "no such file") from None
-    except (OSError, ValueError) as error:
-        kind = Reason.NOT_A_FILE if getattr(error, "errno", 0) == 40 else Reason.UNREADABLE
-        raise Rejection(kind, getattr(error, "strerror", None) or "not a usable path") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise Rejection(Reason.NOT_A_FILE, f"{_kind(status.st_mode)}, expected a regular file")
-    if not status.st_size:
-        raise Rejection(Reason.EMPTY, "0 bytes")
-    if status.st_size > MAX_BYTES:
-        raise Rejection(Reason.TOO_LARGE, f"{status.st_size} bytes, at most {MAX_BYTES} are taken")
-    return status.st_size
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        loop = isinstance(error, OSError) and error.errno in _NO_FILE_ERRORS
+        reason = Reason.NOT_A_FILE if loop or isinstance(error, ValueError) else Reason.UNREADABLE
+        raise Rejection(reason, getattr(error, "strerror", None) or "impossible path") from None
+    file = os.fdopen(descriptor, "rb")
+    try:
+        status = os.fstat(descriptor)  # what was opened, should it have been exchanged since
+        _check_regular(status)
+        if status.st_size == 0:
+            raise Rejection(Reason.EMPTY, "0 bytes")
+        if status.st_size > LARGEST_FILE:
+            raise Rejection(Reason.TOO_LARGE, f"{status.st_size} bytes; at most {LARGEST_FILE}")
+    except Rejection:
+        file.close()
+        raise
+    return file
+
+
+def read_exactly(file: BufferedReader | BytesIO, offset: int, count: int) -> bytearray:
+    """`count` bytes from `offset`.
+
+    Raises:
+        Rejection: the file ends before.
+    """
+    left = file.seek(0, os.SEEK_END) - offset
+    if count > left:
+        raise Rejection(Reason.TRUNCATED, f"{max(0, left)} bytes of pixel data; {count} expected")
+    data = bytearray(count)
+    file.seek(offset)
+    got = file.readinto(data)
+    if got < count:  # cut while it is read
+        raise Rejection(Reason.TRUNCATED, f"{got} bytes of pixel data; {count} expected")
+    return data
 
 
 def check_size(rows: int, columns: int, max_pixels: int) -> None:
-    """Rows and Columns are possible and not absurd.
+    """A picture's size is possible and within the limit.
 
     Raises:
-        Rejection: bad_header or too_large.
+        Rejection: it is not.
     """
-    if not (0 < rows <= MAX_SIDE and 0 < columns <= MAX_SIDE):
-        raise Rejection(Reason.BAD_HEADER, f"Rows {rows}, Columns {columns}")
+    if rows < SMALLEST_SIDE or columns < SMALLEST_SIDE:
+        raise Rejection(Reason.BAD_HEADER, f"a picture of {rows} rows and {columns} columns")
     if rows * columns > max_pixels:
-        raise Rejection(Reason.TOO_LARGE, f"{rows} × {columns} pixels, at most {max_pixels} are taken")
+        raise Rejection(Reason.TOO_LARGE, f"{rows} rows × {columns} columns; at most {max_pixels} pixels")
 
 
-def read_codestream(frame: bytes) -> Codestream | None:
-    """What a compressed frame's own header says, or None where it is none that is known (RLE, native).
+def check_values(stored: NDArray[np.integer], bits: int, padding: Sequence[int]) -> None:
+    """Decoded values are within their range and more than one.
 
-    JPEG, JPEG Lossless: ITU-T T.81 B.2.2. JPEG-LS: ITU-T T.87 C.2.2. JPEG 2000: ITU-T T.800 A.5.1, HTJ2K: T.814.
-    """
-    if frame[:12] == b"\x00\x00\x00\x0cjP  \r\n\x87\n":  # a JP2 file instead of the bare codestream
-        start = frame.find(b"\xff\x4f\xff\x51")
-        return _jpeg2000(frame[start:]) if start >= 0 else None
-    if frame[:4] == b"\xff\x4f\xff\x51":
-        return _jpeg2000(frame)
-    return _jpeg(frame) if frame[:2] == b"\xff\xd8" else None
-
-
-def check_values(values: NDArray[np.integer], bits_stored: int, signed: bool) -> None:
-    """The decoded picture is one: in range, not constant, and not broken off.
+    Args:
+        stored: [rows, columns], signed or unsigned.
+        bits: Bits Stored.
+        padding: values that are no picture: Pixel Padding Value and, where there is one, Range Limit.
 
     Raises:
-        Rejection: out_of_range, blank, half_decoded.
+        Rejection: they are not.
     """
-    low, high = int(values.min()), int(values.max())
-    least, most = (-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1) - 1) if signed else (0, 2**bits_stored - 1)
-    if low < least or high > most:
-        raise Rejection(
-            Reason.OUT_OF_RANGE, f"values {low} to {high}, BitsStored {bits_stored} allows {least} to {most}"
-        )
-    if low == high:
-        raise Rejection(Reason.BLANK, f"every pixel is {low}")
-    _check_half_decoded(values)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if stored.dtype.kind == "i" else (0, 2**bits - 1)
+    least, most = int(stored.min()), int(stored.max())
+    if least < low or most > high:
+        raise Rejection(Reason.OUT_OF_RANGE, f"values {least} to {most}; {bits} bits allow {low} to {high}")
+    if least == most:
+        raise Rejection(Reason.BLANK, f"every pixel is {least}")
+    if padding:
+        inside = stored[(stored < min(padding)) | (stored > max(padding))]
+        if not inside.size or inside.min() == inside.max():
+            raise Rejection(Reason.BLANK, "every pixel that is no padding has the same value")
 
 
-def _check_half_decoded(values: NDArray[np.integer]) -> None:
-    """A decoder that stops in mid-picture leaves the rest at one value, flush to the last row, and cuts tissue off.
-
-    The picture is broken off where a constant block reaches the bottom and the last row above it holds a sharp step
-    over a good part of its width, as no air around a breast does.
-    """
-    rows = values.shape[0]
-    last = values[-1]
-    if (last != last[0]).any():
-        return
-    constant = (values == last[0]).all(axis=1)
-    first = rows - int(np.argmin(constant[::-1])) if not constant.all() else 0
-    if rows < 128 or rows - first < 0.2 * rows or first < 2:  # too small to tell, or air below the breast
-        return
-    above = values[first - 1].astype(np.int64)
-    spread = int(values[:first].max()) - int(values[:first].min())
-    share = float((np.abs(above - int(last[0])) > 0.25 * max(spread, 1)).mean())
-    if share > 0.15:
-        raise Rejection(Reason.HALF_DECODED, f"rows {first} to {rows - 1} hold one value below {share:.0%} of tissue")
+_NO_FILE_ERRORS = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
-def _jpeg2000(frame: bytes) -> Codestream | None:
-    if len(frame) < 49:
-        return None
-    capabilities, x1, y1, x0, y0 = struct.unpack(">HIIII", frame[6:24])
-    components = struct.unpack(">H", frame[40:42])[0]
-    kind = "htj2k" if capabilities & 0x4000 else "jpeg2000"  # Rsiz bit 14: T.814's part 15
-    ended = b"\xff\xd9" in frame[-64:]
-    return Codestream(kind, y1 - y0, x1 - x0, components, (frame[42] & 0x7F) + 1, bool(frame[42] & 0x80), ended)
-
-
-def _jpeg(frame: bytes) -> Codestream | None:
-    kinds = {0xC0: "jpeg", 0xC1: "jpeg", 0xC2: "jpeg", 0xC3: "jpeg_lossless", 0xF7: "jpeg_ls"}
-    at = 2
-    while at + 4 <= len(frame):
-        if frame[at] != 0xFF:
-            return None
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker in kinds and at + 10 <= len(frame):
-            precision, rows, columns, components = struct.unpack(">BHHB", frame[at + 4 : at + 10])
-            ended = b"\xff\xd9" in frame[-64:]
-            return Codestream(kinds[marker], rows, columns, components, precision, False, ended)
-        if marker in (0xD8, 0x01) or 0xD0 <= marker <= 0xD7:
-            at += 2
-            continue
-        at += 2 + struct.unpack(">H", frame[at + 2 : at + 4])[0]
-    return None
-
-
-def _kind(mode: int) -> str:
-    for test, name in (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    ):
-        if test(mode):
-            return name
-    return "no regular file"
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+        raise Rejection(Reason.NOT_A_FILE, f"a {kinds.get(stat.S_IFMT(status.st_mode), 'socket')}")

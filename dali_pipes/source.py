@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     """One sample as the graph is fed with it.
 
     Attributes:
-        picture: an encoded tile file, uint8 [bytes], or a decoded level, uint16 [rows, columns, 1], where `place` put it.
+        picture: an encoded tile file, uint8 [bytes], or a decoded level, uint16 [rows, columns, 1].
         numbers: float32 [len(NUMBERS)].
         matrix: float32 [2, 3], from output to level coordinates; pixel i covers [i, i + 1).
         table: float32 [n], the VOI LUT over tile values, in [0, 1]; one 0 where there is none.

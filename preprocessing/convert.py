@@ -116,6 +116,7 @@ def convert(
     _claim(out)
     with locked(out):
         _settle(out, settings)
+        (out / ".images").write_text(str(images), encoding="utf-8")  # for the gallery; no part of the store
         with Journal(out / "journal.jsonl") as journal:
             run = _Run(images, out, settings, listed, csv is not None, journal, progress)
             if repair:

@@ -50,9 +50,9 @@ class Journal:
     def close(self) -> None:
         """Flush to the disk and close."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def append(self, entry: Entry) -> None:
         """Add an entry; it replaces an earlier one about the same image.
@@ -62,8 +62,7 @@ class Journal:
         """
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
-            self._file.write(line)
-            self._file.flush()
+            self._write(line)
         except OSError as error:
             raise StoreError(
                 f"{self._path}: cannot be written: {error.strerror}. Make room and run the same command again; "
@@ -88,6 +87,10 @@ class Journal:
             if entry["image_id"] == image_id:
                 return entry
         return None
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
 
     def _scan(self) -> int:
         """Index every whole line and cut off a torn last one; returns the end."""

@@ -192,7 +192,7 @@ def run_cluster(
         source = iter(tasks)
         deaths: dict[str, int] = {}
         pending: dict[str, Task] = {}
-        completed = as_completed([])
+        completed = as_completed([], loop=client.loop)
 
         def submit(task: Task) -> None:
             future = client.submit(_in_sandbox, function, task, limits, pure=False)

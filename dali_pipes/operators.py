@@ -132,12 +132,13 @@ def warp(picture: Any, numbers: Any, matrix: Any, grid: Any, settings: PipelineS
 def _remapper(height: int, width: int) -> Any:
     def remap(picture: torch.Tensor, matrix: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """[h, w, 1] to [height, width, 1] through grid and affine map, bilinear, black outside."""
-        nodes = _field(grid, height, width)
-        x = nodes[..., 0] + torch.arange(width, device=grid.device) + 0.5
-        y = nodes[..., 1] + (torch.arange(height, device=grid.device) + 0.5)[:, None]
+        nodes_y = torch.linspace(0, height, grid.shape[0], device=grid.device)
+        nodes_x = torch.linspace(0, width, grid.shape[1], device=grid.device)
+        nodes = torch.stack([nodes_x.expand(len(nodes_y), -1), nodes_y[:, None].expand(-1, len(nodes_x))], dim=-1)
+        looks = (nodes + grid) @ matrix[:, :2].T + matrix[:, 2]
+        looks = _interpolated(looks, height, width)
         rows, columns = picture.shape[:2]
-        at_x = (matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]) * (2 / columns) - 1
-        at_y = (matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]) * (2 / rows) - 1
+        at_x, at_y = looks[..., 0] * (2 / columns) - 1, looks[..., 1] * (2 / rows) - 1
         at = torch.stack([at_x, at_y], dim=-1)[None]
         sampled = torch.nn.functional.grid_sample(picture[None, None, ..., 0], at, align_corners=False)
         return sampled[0, 0, ..., None]
@@ -146,13 +147,13 @@ def _remapper(height: int, width: int) -> Any:
 
 
 @do_not_convert
-def _field(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Shifts of every output pixel, [height, width, 2], linear between the nodes of `grid` [n, n, 2]."""
+def _interpolated(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[n, n, 2] at evenly spaced nodes to [height, width, 2] at pixel centres, linear between the nodes."""
     weights = []
-    for pixels, nodes in ((height, grid.shape[0]), (width, grid.shape[1])):
-        at = (torch.arange(pixels, device=grid.device) + 0.5) / pixels * (nodes - 1)
-        weights.append((1 - (at[:, None] - torch.arange(nodes, device=grid.device)).abs()).clamp(min=0))
-    return torch.einsum("hn,nmc,wm->hwc", weights[0], grid, weights[1])
+    for pixels, nodes in ((height, table.shape[0]), (width, table.shape[1])):
+        at = (torch.arange(pixels, device=table.device) + 0.5) / pixels * (nodes - 1)
+        weights.append((1 - (at[:, None] - torch.arange(nodes, device=table.device)).abs()).clamp(min=0))
+    return torch.einsum("hn,nmc,wm->hwc", weights[0], table, weights[1])
 
 
 def sharpen(picture: Any, numbers: Any, here: Any) -> Any:

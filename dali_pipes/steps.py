@@ -124,17 +124,25 @@ def warp(
         return cv2.warpAffine(
             picture, inverse, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderValue=0.0
         )
-    shifted = displacement(grid, height, width)
-    x = shifted[0] + np.arange(width, dtype=np.float32)
-    y = shifted[1] + np.arange(height, dtype=np.float32)[:, None]
-    (a, b, c), (d, e, f) = inverse.astype(np.float32)
-    return cv2.remap(picture, a * x + b * y + c, d * x + e * y + f, cv2.INTER_LINEAR, borderValue=0.0)
+    x, y = lookup_maps(inverse, grid, height, width)
+    return cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderValue=0.0)
 
 
-def displacement(grid: Grey, height: int, width: int) -> Grey:
-    """Shifts of every output pixel, float32 [2, height, width] (x, then y), linear between the nodes of `grid`."""
-    rows, columns = _between(height, grid.shape[0]), _between(width, grid.shape[1])
-    return np.stack([rows @ grid[..., axis] @ columns.T for axis in (0, 1)])
+def lookup_maps(matrix: NDArray[np.float64], grid: NDArray[np.float32], height: int, width: int) -> tuple[Grey, Grey]:
+    """Where each output pixel looks, x and y in OpenCV's coordinates, float32 [height, width] each.
+
+    The affine map is worked out at the grid's displaced nodes alone: linear interpolation between them gives it
+    everywhere, since it is linear itself.
+    """
+    rows, columns = grid.shape[:2]
+    y, x = np.meshgrid(np.linspace(0, height, rows) - 0.5, np.linspace(0, width, columns) - 0.5, indexing="ij")
+    looks = (np.stack([x, y], axis=-1) + grid) @ matrix[:, :2].T + matrix[:, 2]
+    down, across = _between(height, rows), _between(width, columns)
+    # OpenCV's product: NumPy's would wake a thread on every core for so small a one, in each of the loader's threads.
+    product: Any = cv2.gemm
+    tables = (np.ascontiguousarray(looks[..., axis], np.float32) for axis in (0, 1))
+    found = [product(down, product(table, across, 1, None, 0, flags=cv2.GEMM_2_T), 1, None, 0) for table in tables]
+    return found[0], found[1]
 
 
 def blur(picture: Grey, sigma: float) -> Grey:

@@ -27,6 +27,7 @@ from preprocessing.table import Source, sources
 
 _CHUNK_GROWTH = 2  # a short first chunk starts the device early, long later ones spare it restarts
 _CHUNK_ROWS = 1024
+_CHUNK_BYTES = 2**28  # of the tiles of one chunk, at most
 _FIRST_ROWS = 64
 _AHEAD = 2  # chunks that may wait for the models
 
@@ -127,7 +128,9 @@ def _chunks(
     waiting: dict[str, workers.Outcome] = {}
     rows: list[dict[str, Any]] = []
     failed: list[tuple[str, str, str]] = []
-    size = _rounded_up(_FIRST_ROWS, batch)
+    side = 4096 if store.levels[0] == FULL else int(store.levels[0])
+    most = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (2 * side * side)))
+    size = _rounded_up(min(_FIRST_ROWS, most), batch)
     position = 0
 
     def close() -> Chunk:
@@ -145,7 +148,7 @@ def _chunks(
                 position += 1
                 if len(rows) == size:
                     yield close()
-                    size = min(size * _CHUNK_GROWTH, _rounded_up(_CHUNK_ROWS, batch))
+                    size = min(size * _CHUNK_GROWTH, _rounded_up(most, batch))
         # A worker that crashed has its last few pictures done again. One of them that came out otherwise the second
         # time is left here: neither result can be trusted, but the first one has been predicted.
         failed += [(name, "crash", "decoded differently after a crash of its process") for name in sorted(waiting)]

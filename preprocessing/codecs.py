@@ -10,16 +10,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from struct import pack
+from struct import pack, unpack
 
 import dicomsdl  # its names come from a compiled module that type checkers cannot see
 import imagecodecs
 import numpy as np
 from libjpeg.utils import decode as libjpeg_decode
 from numpy.typing import NDArray
+from rle.rle import decode_segment
 
 from preprocessing.codestream import Codestream, Kind
 
+dicomsdl.set_loglevel(dicomsdl.LogLevel.DISABLE)  # pyright: ignore[reportAttributeAccessIssue]  it prints what it raises
 Decode = Callable[[bytearray, Codestream], NDArray[np.integer]]
 
 
@@ -57,14 +59,23 @@ def from_openjph(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
     return imagecodecs.htj2k_decode(bytes(data))
 
 
+def from_charls(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+    """Decode JPEG-LS with CharLS through imagecodecs."""
+    return imagecodecs.jpegls_decode(bytes(data))
+
+
 def from_packbits(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
-    """Decode RLE (PS3.5 G) with imagecodecs; segments of another length than the picture's raise."""
+    """Decode RLE (PS3.5 G) with imagecodecs, or where it finds a segment's padding odd, with pylibjpeg-rle. A segment
+    of another length than the picture's raises; less than a row too many is padding."""
     width = -(-facts.precision // 8)
     size = facts.rows * facts.columns * width
-    values = imagecodecs.dicomrle_decode(bytes(data), f"<u{width}", out=bytearray(size))
-    if len(values) != size:
+    try:
+        values = imagecodecs.dicomrle_decode(bytes(data), f"<u{width}")
+    except RuntimeError:  # ImcdError is one
+        values = _join_segments(bytes(data), width)
+    if not size <= len(values) < size + facts.columns * width:
         raise ValueError(f"{len(values)} bytes; {size} expected")
-    return np.frombuffer(values, f"<u{width}").reshape(facts.rows, facts.columns)
+    return np.frombuffer(values, f"<u{width}", facts.rows * facts.columns).reshape(facts.rows, facts.columns)
 
 
 def from_deflate(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
@@ -75,6 +86,13 @@ def from_deflate(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
     if not size <= len(values) <= size + 1:
         raise ValueError(f"{len(values)} bytes or more; {size} expected")
     return np.frombuffer(bytearray(values[:size]), f"<u{width}").reshape(facts.rows, facts.columns)
+
+
+def choose(facts: Codestream) -> Codec:
+    """The decoder of a codestream."""
+    if facts.kind is Kind.JPEG_LS and facts.precision < 8:
+        return SHALLOW_JPEG_LS
+    return CODECS[facts.kind]
 
 
 CODECS: dict[Kind, Codec] = {
@@ -91,12 +109,23 @@ CODECS: dict[Kind, Codec] = {
     # dicomsdl writes past its buffer where segments hold more than the picture.
     Kind.RLE: Codec("imagecodecs", from_packbits),
 }
+SHALLOW_JPEG_LS = Codec("imagecodecs", from_charls)  # dicomsdl refuses fewer than 8 bits
 _DICOMSDL_SYNTAXES = {
     Kind.JPEG_BASELINE: b"1.2.840.10008.1.2.4.50",
     Kind.JPEG_LOSSLESS: b"1.2.840.10008.1.2.4.57",
     Kind.JPEG_LS: b"1.2.840.10008.1.2.4.80",
     Kind.JPEG_2000: b"1.2.840.10008.1.2.4.90",
 }
+
+
+def _join_segments(data: bytes, width: int) -> bytes:
+    """RLE segments, the most significant byte's first, as little-endian values."""
+    count, *offsets = unpack("<16I", data[:64])
+    ends = [*offsets[1:count], len(data)]
+    planes = [decode_segment(data[start:end]) for start, end in zip(offsets[:count], ends, strict=True)]
+    if len({len(plane) for plane in planes}) > 1 or count != width:
+        raise ValueError("segments of different lengths")
+    return np.stack([np.frombuffer(plane, np.uint8) for plane in reversed(planes)], axis=1).tobytes()
 
 
 def _minimal_dicom(data: bytearray, facts: Codestream) -> bytes:

@@ -193,6 +193,8 @@ def _inspect_jpeg_2000(data: bytes | bytearray) -> Codestream:
     if min(x1 - x0, y1 - y0, tile_width, tile_height) < 1 or tile_x > x0 or tile_y > y0 or steps != [1, 1]:
         raise Rejection(Reason.DECODE_FAILED, "an impossible JPEG 2000 size marker")
     tiles = -(-(x1 - tile_x) // tile_width) * -(-(y1 - tile_y) // tile_height)
+    if tiles > 65535:
+        raise Rejection(Reason.DECODE_FAILED, f"an impossible number of JPEG 2000 tiles, {tiles}")
     position, high_throughput = 4 + siz[0], False
     while (marker := unpack_from(">H", data, position)[0]) != _SOT:
         if marker < 0xFF30 or marker == _EOC:
@@ -221,6 +223,9 @@ def _check_tile_parts(data: bytes | bytearray, position: int, tiles: int) -> Non
         position += length
         if position > len(data):
             raise Rejection(Reason.TRUNCATED, f"JPEG 2000 tile {tile} of {tiles} is cut")
+    else:
+        if position < len(data) and data[position : position + 2] != b"\xff\xd9":
+            raise Rejection(Reason.DECODE_FAILED, "damaged JPEG 2000 tile-parts")
     if len(seen) < tiles:
         raise Rejection(Reason.TRUNCATED, f"{len(seen)} of {tiles} JPEG 2000 tiles")
 

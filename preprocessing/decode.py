@@ -68,18 +68,19 @@ def _decode_dicom(file: BufferedReader, settings: ConvertSettings) -> Decoded:
         facts = replace(facts, policy=marks)
     if frame.kind is Kind.NATIVE:
         return Decoded(_cut_bits(_native(frame.data, header), header), facts, "numpy")
-    codec = codecs.CODECS[frame.kind]
-    expected = Codestream(frame.kind, header.rows, header.columns, header.bits_allocated)
-    raw = _run(codec, frame, frame.codestream or _check_coded(frame, expected), header)
+    coded = frame.codestream or _as_the_header_says(frame, header)
+    codec = codecs.choose(coded)
+    raw = _run(codec, frame, coded, header)
     if frame.codestream is None:
         return Decoded(_cut_bits(raw, header), facts, codec.name)
-    return Decoded(_fit_bits(raw, frame.codestream.precision, codec.lossless, header), facts, codec.name)
+    return Decoded(_fit_bits(raw, coded.precision, codec.lossless, header), facts, codec.name)
 
 
-def _check_coded(frame: frames.Frame, expected: Codestream) -> Codestream:
+def _as_the_header_says(frame: frames.Frame, header: DicomHeader) -> Codestream:
+    """The facts of a frame that does not tell its own: RLE and deflated ones hold whole cells of Bits Allocated."""
     if frame.kind is Kind.RLE:
-        check_rle(frame.data, expected.precision // 8)
-    return expected
+        check_rle(frame.data, header.bits_allocated // 8)
+    return Codestream(frame.kind, header.rows, header.columns, header.bits_allocated)
 
 
 def _run(codec: codecs.Codec, frame: frames.Frame, facts: Codestream, header: DicomHeader) -> NDArray[np.integer]:

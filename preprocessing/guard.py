@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+_FEWEST_ROWS = 64  # below them no row tells anything
 LARGEST_FILE = 4 * 2**30  # bytes; a tomosynthesis file of 100 frames at full size has about 1.7 GB
 SMALLEST_SIDE = 2  # rows or columns
 
@@ -124,7 +125,7 @@ def check_size(rows: int, columns: int, max_pixels: int) -> None:
 
 
 def check_values(stored: NDArray[np.integer], bits: int, padding: Sequence[int]) -> None:
-    """Decoded values are within their range and more than one.
+    """Decoded values are within their range, more than one, and reach the end of the picture.
 
     Args:
         stored: [rows, columns], signed or unsigned.
@@ -144,6 +145,27 @@ def check_values(stored: NDArray[np.integer], bits: int, padding: Sequence[int])
         inside = stored[(stored < min(padding)) | (stored > max(padding))]
         if not inside.size or inside.min() == inside.max():
             raise Rejection(Reason.BLANK, "every pixel that is no padding has the same value")
+    if filler := _filler_rows(stored):
+        raise Rejection(Reason.HALF_DECODED, f"the last {filler} of {stored.shape[0]} rows are filler")
+
+
+def _filler_rows(stored: NDArray[np.integer]) -> int:
+    """Rows at the end that were never written, 0 where there are none: at least a quarter of the picture, all of one
+    value, that end a row full of other values. A breast ends in its skin line, row by row; a collimated field has the
+    like at its top.
+    """
+    rows, columns = stored.shape
+    value = stored[-1, -1]
+    if rows < _FEWEST_ROWS or not (stored[-1] == value).all():
+        return 0
+    flat = (stored[:, :: max(1, columns // 64)] == value).all(axis=1)
+    flat[flat] = (stored[flat] == value).all(axis=1)
+    others = np.flatnonzero(~flat)
+    filler, above = rows - 1 - int(others[-1]), int(others[0])
+    if filler * 4 < rows or above * 2 >= filler:
+        return 0
+    last = stored[max(0, int(others[-1]) - 1)]  # the row above the last one, which may itself be cut
+    return filler if np.count_nonzero(last != value) * 4 > columns else 0
 
 
 _NO_FILE_ERRORS = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}

@@ -1,0 +1,128 @@
+"""The store's head, manifest and level choice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preprocessing import manifest
+from preprocessing.errors import StoreError
+from preprocessing.manifest import open_store, pick_level, write_head, write_manifest, write_rejected
+from preprocessing.settings import ConvertSettings
+
+LEVELS = ("full", "512")
+
+
+def store(root: Path, rows: int = 3) -> Path:
+    write_head(root, ConvertSettings(levels=LEVELS))
+    write_manifest(root, ({"image_id": str(n), "cancer": n % 2} for n in range(rows)), LEVELS, {"BIRADS": pa.float64()})
+    write_rejected(root, [])
+    return root
+
+
+def test_the_manifest_has_the_schema_whatever_the_rows_hold(tmp_path: Path) -> None:
+    store(tmp_path)
+    written = pq.read_schema(tmp_path / "manifest.parquet")
+    expected = manifest.schema(LEVELS, {"BIRADS": pa.float64()})
+    assert written.names == expected.names
+    assert [field.type for field in written] == [field.type for field in expected]
+    assert open_store(tmp_path).manifest["BIRADS"].isna().all()
+
+
+def test_rows_are_written_in_row_groups_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_ROWS_AT_ONCE", 10)
+    store(tmp_path, 35)
+    assert pq.ParquetFile(tmp_path / "manifest.parquet").num_row_groups == 4
+    assert list(open_store(tmp_path).manifest["image_id"]) == [str(n) for n in range(35)]
+
+
+def test_an_error_among_the_rows_keeps_the_old_manifest(tmp_path: Path) -> None:
+    store(tmp_path)
+    before = (tmp_path / "manifest.parquet").read_bytes()
+
+    def rows():
+        yield {"image_id": "new"}
+        raise KeyError("row")
+
+    with pytest.raises(KeyError):
+        write_manifest(tmp_path, rows(), LEVELS, {})
+    assert (tmp_path / "manifest.parquet").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_empty_store_has_its_columns(tmp_path: Path) -> None:
+    store(tmp_path, 0)
+    opened = open_store(tmp_path)
+    assert len(opened.manifest) == 0
+    assert "path_512" in opened.manifest.columns
+
+
+def test_rejected_rows_come_back_whatever_their_ids_hold(tmp_path: Path) -> None:
+    store(tmp_path)
+    row = dict.fromkeys(manifest.REJECTED_COLUMNS, "") | {"image_id": 'a,"b"\nc', "reason": "absent", "detail": "NA"}
+    write_rejected(tmp_path, [row])
+    assert open_store(tmp_path).rejected.to_dict("records") == [row]
+
+
+def test_the_fingerprint_follows_ids_labels_and_tiles_alone(tmp_path: Path) -> None:
+    rows = [{"image_id": "1", "cancer": 1, "crc32_full": 5, "crc32_512": 6, "site_id": "a"}]
+    prints = []
+    for change in ({}, {"site_id": "b"}, {"cancer": 0}, {"crc32_512": 7}, {"image_id": "2"}):
+        write_head(tmp_path, ConvertSettings(levels=LEVELS))
+        write_manifest(tmp_path, [rows[0] | change], LEVELS, {})
+        prints.append(open_store(tmp_path).fingerprint)
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: (root / "store.json").unlink(), "no store there"),
+        (lambda root: (root / "store.json").write_text("[]"), "not readable as a store's head"),
+        (lambda root: (root / "store.json").write_text(json.dumps({"version": 99})), "store of version 99"),
+        (lambda root: (root / "manifest.parquet").unlink(), "has not finished"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_is_one_clear_line(tmp_path: Path, break_it, message: str) -> None:
+    break_it(store(tmp_path))
+    with pytest.raises(StoreError, match=message):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "target", "level"),
+    [
+        (3328, 2560, (512, 512), "512"),
+        (3328, 2560, (513, 513), "1024"),
+        (3328, 1000, (512, 512), "512"),
+        (3328, 2560, (2048, 1024), "2048"),
+        (3000, 1500, (2048, 1024), "2048"),
+        (3328, 2560, (4096, 4096), "full"),
+        (600, 400, (512, 512), "512"),
+        (400, 300, (512, 512), "512"),
+    ],
+)
+def test_the_smallest_level_that_need_not_be_enlarged_is_read(
+    height: int, width: int, target: tuple[int, int], level: str
+) -> None:
+    levels = ("full", "2048", "1024", "512")
+    assert pick_level(levels, height, width, *target) == level
+
+
+def test_without_a_level_large_enough_the_largest_is_read() -> None:
+    assert pick_level(("1024", "512"), 3000, 2000, 2048, 2048) == "1024"
+
+
+def test_nan_and_none_become_missing_labels(tmp_path: Path) -> None:
+    rows = [{"image_id": "1", "cancer": None}, {"image_id": "2", "cancer": math.nan}, {"image_id": "3", "cancer": 1.0}]
+    write_head(tmp_path, ConvertSettings(levels=LEVELS))
+    write_manifest(tmp_path, rows, LEVELS, {})
+    read = open_store(tmp_path).manifest["cancer"]
+    assert list(pd.isna(read)) == [True, True, False]

@@ -126,7 +126,7 @@ def aux_targets(rows: pd.DataFrame, names: tuple[str, ...], device: torch.device
             raise ConfigError(
                 f"model.aux names '{name}', but none of the store's values is one of {', '.join(known)}; leave it out."
             )
-        targets[name] = torch.from_numpy(values.fillna(-1).to_numpy(np.int64)).to(device)
+        targets[name] = torch.from_numpy(values.fillna(-1).to_numpy(np.int64, copy=True)).to(device)
     return targets
 
 

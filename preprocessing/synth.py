@@ -112,9 +112,9 @@ def synthesize(
         "version": SYNTH_VERSION, "patients": patients, "test_patients": test_patients, "seed": seed, "size": size,
         "contrast": contrast, "shuffle_labels": shuffle_labels, "positive_rate": positive_rate,
     }  # fmt: skip
-    for name in ("train_images", "test_images"):
+    for name in _FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("train.csv", "test.csv", "lesions.csv"):
+    for name in _TABLES:
         (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "synth.json", (json.dumps(settings, indent=1) + "\n").encode())
@@ -139,6 +139,7 @@ def synthesize(
     return SynthSummary(out, patients, len(tables["train"]), int(tables["train"]["cancer"].sum()), len(tables["test"]))
 
 
+_FOLDERS, _TABLES = ("train_images", "test_images"), ("train.csv", "test.csv", "lesions.csv")
 _LESION_COLUMNS = ("patient_id", "image_id", "kind", "malignant", "top", "left", "height", "width")
 
 
@@ -151,8 +152,9 @@ def _check(out: Path, patients: int, test_patients: int, contrast: float, positi
         raise InputError(f"synth: the share of positive patients is from 0 to 1, found {positive_rate}.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: expected a folder to write to, found a file.")
-    if (out / "train.csv").exists() and not (out / "synth.json").exists():
-        raise InputError(f"{out}: holds a data set that synth did not make. Choose another folder with --out.")
+    there = [name for name in (*_FOLDERS, *_TABLES) if (out / name).exists()]
+    if there and not (out / "synth.json").exists():
+        raise InputError(f"{out}: holds {there[0]}, which synth did not make. Choose another folder with --out.")
 
 
 def plan(

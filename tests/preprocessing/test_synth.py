@@ -237,11 +237,13 @@ def test_progress_is_told_and_the_summary_counts(tmp_path: Path):
     assert str(tmp_path) in str(summary)
 
 
-def test_a_data_set_of_somebody_else_is_not_overwritten(tmp_path: Path):
-    (tmp_path / "train.csv").write_text("precious\n")
+@pytest.mark.parametrize("name", ["train.csv", "test.csv", "train_images/1/2.dcm", "test_images/1/2.dcm"])
+def test_a_data_set_of_somebody_else_is_not_overwritten(name: str, tmp_path: Path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("precious\n")
     with pytest.raises(InputError, match="did not make"):
         synthesize(tmp_path, patients=1)
-    assert (tmp_path / "train.csv").read_text() == "precious\n"
+    assert (tmp_path / name).read_text() == "precious\n"
 
 
 @pytest.mark.parametrize("wrong", [{"patients": 0}, {"contrast": -1.0}, {"positive_rate": 1.5}])

@@ -49,7 +49,7 @@ class Header:
     patient_id: str = ""  # a pseudonym; empty where the file has none
     transfer_syntax: str = ""
     presentation_intent: str = ""
-    policy: str = ""
+    policy: str = ""  # the file's own marks; view and implant, which a CSV may tell, are added by `policy.describe`
     value_offset: int = 0
     laterality: str = ""
     view: str = ""
@@ -96,7 +96,7 @@ def read(dataset: Dataset, syntax: str, photometric: str, bits_stored: int, sign
         patient_id=_pseudonym(dataset),
         transfer_syntax=syntax,
         presentation_intent=intent if intent in ("FOR PRESENTATION", "FOR PROCESSING") else "",
-        policy=policy.describe(view, implant, _marks(dataset, intent, modifiers, frame)),
+        policy=_marks(dataset, intent, modifiers, frame),
         value_offset=-(2 ** (bits_stored - 1)) if signed else 0,
         laterality=_laterality(groups),
         view=view,
@@ -190,6 +190,8 @@ def _view(groups: Sequence[Dataset]) -> tuple[str, set[str]]:
         }
     position = next((found for dataset in groups if (found := text(dataset, "ViewPosition"))), "").upper()
     position = position if position.isalpha() and len(position) <= _LONGEST_VIEW else ""
+    orientation = text(groups[-1], "PatientOrientation").upper()  # where CBIS-DDSM's files have their view
+    position = position or (orientation if orientation in _VIEWS.values() else "")
     return ("AT" if modifiers & _AXILLARY_TAIL else view or position), modifiers
 
 
@@ -202,7 +204,7 @@ def _laterality(groups: Sequence[Dataset]) -> str:
     return ""
 
 
-def _marks(dataset: Dataset, intent: str, modifiers: set[str], frame: int | None) -> tuple[str, ...]:
+def _marks(dataset: Dataset, intent: str, modifiers: set[str], frame: int | None) -> str:
     tomosynthesis = is_tomosynthesis(dataset)
     kinds = {str(value).upper() for value in _values(dataset, "ImageType")}
     marks = {
@@ -214,7 +216,7 @@ def _marks(dataset: Dataset, intent: str, modifiers: set[str], frame: int | None
         policy.MAGNIFIED: bool(modifiers & _MAGNIFIED) or _number([dataset], _MAGNIFICATION, 1.0) > _MAGNIFIED_OVER,
         policy.SECONDARY: text(dataset, "SOPClassUID").startswith(_SECONDARY_CAPTURE),
     }
-    return tuple(mark for mark, holds in marks.items() if holds)
+    return ";".join(mark for mark, holds in marks.items() if holds)
 
 
 def _age(value: str) -> float:

@@ -39,6 +39,7 @@ _WANTED: list[Any] = [
     "PatientID",
     "PatientAge",
     "ViewPosition",
+    "PatientOrientation",
     "ViewCodeSequence",
     "Laterality",
     "ImageLaterality",

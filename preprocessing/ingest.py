@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydicom
 
-from preprocessing import decode, grayscale, tiles
+from preprocessing import decode, grayscale, policy, tiles
 from preprocessing.breast import Breast, Crop, find_breast
 from preprocessing.guard import Rejection
 from preprocessing.manifest import COLUMNS, LEVEL_COLUMNS, level_column
@@ -134,6 +134,7 @@ def manifest_row(columns: Mapping[str, Any], facts: Mapping[str, Any], image_id:
     for name in ("age", "implant"):
         given = number(columns, name)
         row[name] = facts.get(name, math.nan) if math.isnan(given) else given
+    row["policy"] = policy.describe(facts.get("policy", ""), row["view"], row["implant"])
     return row
 
 

@@ -18,13 +18,13 @@ TRANSFER_SYNTAX = "transfer-syntax-contradicted"  # decoded as what the codestre
 USUAL_VIEWS = ("CC", "MLO")
 
 
-def describe(view: str, implant: float, marks: tuple[str, ...] = ()) -> str:
-    """The column `policy`: marks in a fixed order, joined by ';', empty for a usual picture.
+def describe(marks: str, view: str, implant: float) -> str:
+    """The column `policy`: marks joined by ';', empty for a usual picture.
 
     Args:
+        marks: what the file itself tells, of this module's words, joined by ';'.
         view: of the manifest; anything but CC, MLO and unknown is marked `view-<VIEW>`.
         implant: 1 where there is one.
-        marks: what the file itself tells, of this module's words.
     """
     unusual = [f"view-{view.upper()}"] if view and view.upper() not in USUAL_VIEWS else []
-    return ";".join(dict.fromkeys([*marks, *unusual, *([IMPLANT] if implant == 1 else [])]))
+    return ";".join(dict.fromkeys([*filter(None, marks.split(";")), *unusual, *([IMPLANT] if implant == 1 else [])]))

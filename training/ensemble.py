@@ -65,6 +65,7 @@ class Ensemble:
         weights: of each run, float64 [runs], summing to 1.
         aggregates: each run's way from pictures to a breast.
         prior: share of breasts with cancer among those that the runs were validated on.
+        threshold: of the best pF1 on the runs' out-of-fold predictions, aggregated and weighted as here.
         settings: the conversion that the runs were trained on.
         device: where the models are.
     """
@@ -74,6 +75,7 @@ class Ensemble:
     weights: NDArray[np.float64]
     aggregates: tuple[str, ...]
     prior: float
+    threshold: float
     settings: ConvertSettings
     device: torch.device
 
@@ -193,12 +195,16 @@ def open_ensemble(folders: Sequence[Path], device: str = "auto", weights: Sequen
         pipeline = config.pipeline.model_copy(update={"augment": PipelineSettings().augment})  # never used here
         key = f"{pipeline.model_dump_json()} {config.data.loader.val_batch_size}"
         grouped.setdefault(key, []).append((number, fold))
+    shares = _weights(weights, len(folders))
+    breasts = _out_of_fold(by_run, shares)
     return Ensemble(
         names=tuple(str(folder) for folder in folders),
         groups=tuple(_group(members, place) for members in grouped.values()),
-        weights=_weights(weights, len(folders)),
+        weights=shares,
         aggregates=tuple(found[0].config.train.aggregate for found in by_run),
-        prior=_prior(by_run),
+        # Half a breast is added to either class, so that it is never 0 or 1 (Krichevsky & Trofimov 1981).
+        prior=(float(breasts["cancer"].sum()) + 0.5) / (len(breasts) + 1),
+        threshold=metrics.pf1_best(breasts["cancer"], breasts["prediction"])[1],
         settings=settings,
         device=place,
     )
@@ -268,15 +274,18 @@ def _settings(fold: FoldRun) -> ConvertSettings:
         ) from None
 
 
-def _prior(by_run: Sequence[Sequence[FoldRun]]) -> float:
-    """Share of breasts with cancer among those validated on, each run counted once; 0.5 a breast is added to either
-    class, so that it is never 0 or 1 (Krichevsky & Trofimov 1981)."""
-    shares = []
-    for folds in by_run:
+def _out_of_fold(by_run: Sequence[Sequence[FoldRun]], weights: NDArray[np.float64]) -> pd.DataFrame:
+    """`cancer` and `prediction` of every breast that was held out, by prediction_id: the mean of the runs that held it
+    out, weighted."""
+    parts = []
+    for folds, weight in zip(by_run, weights, strict=True):
         pictures = pd.concat([fold.validation for fold in folds], ignore_index=True)
-        labels = pictures.groupby("prediction_id")["cancer"].max().dropna()
-        shares.append((float(labels.sum()) + 0.5) / (len(labels) + 1))
-    return float(np.mean(shares))
+        breasts = metrics.per_breast(pictures, folds[0].config.train.aggregate).dropna(subset=["cancer"])
+        part = breasts[["prediction_id", "cancer", "prediction"]]
+        parts.append(part.assign(prediction=part["prediction"] * weight, weight=weight))
+    grouped = pd.concat(parts, ignore_index=True).groupby("prediction_id")
+    sums = grouped[["prediction", "weight"]].sum()
+    return pd.DataFrame({"cancer": grouped["cancer"].max(), "prediction": sums["prediction"] / sums["weight"]}).dropna()
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:

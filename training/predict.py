@@ -70,6 +70,7 @@ def predict(
     device: str = "auto",
     tta: bool = False,
     weights: Sequence[float] | None = None,
+    binary: bool = False,
     workers: int = 0,
     explain: Path | None = None,
     explain_threshold: float = 0.5,
@@ -87,6 +88,8 @@ def predict(
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         tta: average each prediction with that of the mirror image.
         weights: one a run; equal ones without it.
+        binary: write 1 at or above the threshold of the best pF1 on the runs' out-of-fold predictions, and 0 below it,
+            instead of probabilities.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
         explain: folder for overlays of the pictures that reach `explain_threshold`; see `explain.py`.
@@ -124,7 +127,7 @@ def predict(
         after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
     with chunks as taken:
         results = _run(ensemble, taken, kept, len(asked), tta, progress, after)
-    written = compose(ensemble, judge(asked, results, store is not None), results)
+    written = compose(ensemble, judge(asked, results, store is not None), results, binary)
     runs.write_table(out.parent / IMAGES, written.pictures)
     runs.write_table(out.parent / PROBLEMS, written.problems)
     runs.write_table(out, written.submission)

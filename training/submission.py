@@ -83,8 +83,11 @@ def judge(asked: pd.DataFrame, results: Results, from_store: bool) -> pd.DataFra
     return judged
 
 
-def compose(ensemble: Ensemble, judged: pd.DataFrame, results: Results) -> Tables:
-    """The tables to write, from what `judge` gave. Every breast that is asked for gets a probability in [0, 1]."""
+def compose(ensemble: Ensemble, judged: pd.DataFrame, results: Results, binary: bool = False) -> Tables:
+    """The tables to write, from what `judge` gave.
+
+    Every breast that is asked for gets a probability in [0, 1], or, where `binary`, 0 or 1 by the ensemble's threshold.
+    """
     nameless = judged["prediction_id"] == "_"  # neither patient nor side is known: no breast was asked for
     judged = judged.assign(prediction_id=judged["prediction_id"].mask(nameless, ""))
     usable = judged[(judged["row"] >= 0) & ~nameless]
@@ -93,10 +96,13 @@ def compose(ensemble: Ensemble, judged: pd.DataFrame, results: Results) -> Table
     wanted = judged.loc[~nameless, "prediction_id"].drop_duplicates()
     submission = pd.DataFrame({"prediction_id": wanted, "cancer": breasts.reindex(wanted).to_numpy(np.float64)})
     without = submission["cancer"].isna()
+    submission = submission.fillna({"cancer": ensemble.prior})
+    if binary:
+        submission["cancer"] = (submission["cancer"] >= ensemble.threshold).astype(int)
     pictures = judged[["image_id", *FACTS]].assign(prediction=np.nan)
     pictures.loc[usable.index, "prediction"] = by_run @ ensemble.weights
     return Tables(
-        submission=submission.fillna({"cancer": ensemble.prior}),
+        submission=submission,
         pictures=pictures,
         problems=_problems(judged, set(breasts.index)),
         from_prior=int(without.sum()),

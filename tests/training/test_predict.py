@@ -56,7 +56,13 @@ def make_run(root: Path, *overrides: str, folds: int = 2, settings: ConvertSetti
         rows = [(f"{b}{v}", b, "L", v, f"{b}_L", int(b in (1, 12, 17))) for b in breasts for v in ("CC", "MLO")]
         names = ["image_id", "patient_id", "laterality", "view", "prediction_id", "cancer"]
         table = pd.DataFrame(rows, columns=names).assign(
-            site_id="1", machine_id="49", age=60.0, density="B", implant=0.0, fold=fold, prediction=0.5
+            site_id="1",
+            machine_id="49",
+            age=60.0,
+            density="B",
+            implant=0.0,
+            fold=fold,
+            prediction=lambda table: 0.3 + 0.4 * table["cancer"],
         )
         runs.write_table(folder / runs.VALIDATION, table)
     return root
@@ -346,6 +352,24 @@ def test_runs_of_different_size_aggregation_and_weight_are_averaged_a_breast_at_
     both = pd.read_csv(tmp_path / "both.csv")
     expected = 0.25 * pd.read_csv(through_store)["cancer"] + 0.75 * alone["cancer"]
     np.testing.assert_allclose(both["cancer"], expected, rtol=1e-12)
+
+
+def test_a_submission_of_zeros_and_ones_is_cut_at_the_out_of_fold_threshold(
+    data: Path, run: Path, through_store: Path, tmp_path: Path
+):
+    assert open_ensemble([run], "cpu").threshold == pytest.approx(0.5)  # midway between 0.3 and 0.7
+    probabilities = pd.read_csv(through_store)["cancer"]
+    cut = float(probabilities.median())
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run").glob("fold*/validation.csv"):
+        table = pd.read_csv(path)
+        table["prediction"] = cut + np.where(table["cancer"] == 1, 0.001, -0.001)
+        table.to_csv(path, index=False)
+    source = {"store": data / "store", "csv": data / "test.csv", "device": "cpu"}
+    predict([tmp_path / "run"], tmp_path / "s.csv", binary=True, **source)
+    found = pd.read_csv(tmp_path / "s.csv")["cancer"]
+    assert found.tolist() == (probabilities >= cut).astype(int).tolist()
+    assert set(found) == {0, 1}
 
 
 def test_a_single_fold_can_be_named(data: Path, run: Path, tmp_path: Path, through_store: Path):

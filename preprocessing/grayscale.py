@@ -86,7 +86,8 @@ def tile_voi_lut(row: Row) -> NDArray[np.float32] | None:
     modality = stored * float(row["rescale_slope"]) + float(row["rescale_intercept"])
     index = np.clip(np.floor(modality - float(row["voi_lut_first"])), 0, lut.size - 1).astype(np.int64)
     grey = np.clip(lut[index] / np.float32(2 ** int(row["voi_lut_bits"]) - 1), 0, 1)
-    return 1 - grey if row["inverted"] else grey
+    # A tile that is turned for its negative slope alone is shown by the LUT as it is.
+    return 1 - grey if bool(row["inverted"]) != (float(row["rescale_slope"]) < 0) else grey
 
 
 def _window(row: Row, center: float, width: float, function: str) -> TileWindow:

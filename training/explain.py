@@ -32,6 +32,7 @@ from training.model import MammoModel
 Method = Literal["attention", "gradcam"]
 LONGEST_SIDE = 1600  # of the pictures written, in pixels; the tensors hold no more detail
 MOST_REGIONS = 10
+CLEAR = 4.0  # times the even share that attention must reach to count as clear
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def explain(
         out: folder to write to; made.
         threshold: of the predictions.
         method: which map.
-        share: a region is where the map reaches this share of its highest value.
+        share: a region is where the map, in [0, 1], reaches this value.
 
     Returns:
         The pictures written.
@@ -79,7 +80,6 @@ def explain(
         row: dict[str, Any] = {str(name): value for name, value in part.iloc[index].items()}
         matrix, size = canvas_to_tensor(row, store.levels, group.pipeline)
         hot = _laid_back(heat, matrix, size)
-        hot /= max(float(hot.max()), 1e-12)
         path = out / f"{safe_name(str(row['image_id']))}.png"
         write_atomically(path, overlay(_laid_back(image, matrix, size), hot))
         scale = size[0] / int(row["source_rows"])
@@ -125,14 +125,14 @@ def canvas_to_tensor(
 
 
 def regions(heat: NDArray[np.float32], scale: float, share: float = 0.5) -> list[Region]:
-    """The connected places where a map reaches a share of its highest value, the hottest first, ten at most.
+    """The connected places where a map reaches a value, the hottest first, ten at most.
 
     Args:
         heat: float32 [rows, columns] in [0, 1].
         scale: of the map's pixels to the source's.
-        share: where a region begins.
+        share: that value.
     """
-    hot = (heat >= share * heat.max()).astype(np.uint8) if heat.max() > 0 else np.zeros(heat.shape, np.uint8)
+    hot = (heat >= share).astype(np.uint8)
     count, labels, boxes, _ = cv2.connectedComponentsWithStats(hot, connectivity=8)
     found = []
     for label in range(1, count):
@@ -168,7 +168,7 @@ def _maps(
     with Loader(store, rows, pipeline, group.loader, seed=group.seed, train=False, device=device) as loader:
         for batch in loader.epoch(0):
             image = batch["image"].to(ensemble.device)
-            found = [_scaled(_map(member.model, image, method)) for member in group.members]
+            found = [_scaled(_map(member.model, image, method), method) for member in group.members]
             heat = torch.stack(found).mean(dim=0).cpu().numpy()
             gray = (image[:, 0].float() * pipeline.std + pipeline.mean).cpu().numpy()
             for place, index in enumerate(batch["index"].tolist()):
@@ -203,9 +203,17 @@ class _Tapped(nn.Module):
         return self.model.head(pooled)
 
 
-def _scaled(maps: Tensor) -> Tensor:
-    """Each map [B, h, w] divided by its highest value."""
-    return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+def _scaled(maps: Tensor, method: Method) -> Tensor:
+    """Each map [B, h, w] in [0, 1].
+
+    Attention is what goes beyond an even spread, 1 at its peak where that has `CLEAR` times the even share or more: a
+    model that looks everywhere alike gives an empty map, not its noise blown up.
+    """
+    if method == "gradcam":
+        return maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    ratio = maps * maps[0].numel()
+    peak = ratio.amax(dim=(1, 2), keepdim=True).clamp(min=CLEAR)
+    return ((ratio - 1) / (peak - 1)).clamp(min=0)
 
 
 def _laid_back(tensor: NDArray[np.float32], matrix: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float32]:

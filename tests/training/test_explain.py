@@ -79,6 +79,19 @@ def test_grad_cam_is_the_class_activation_map_where_the_pooling_is_the_average()
         assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.99
 
 
+def test_attention_spread_evenly_shows_nothing_and_a_clear_peak_shows_fully():
+    even = torch.full((8, 8), 1 / 64)
+    peak = even.clone()
+    peak[2, 3] = 8 / 64
+    faint = even.clone()
+    faint[2, 3] = 2 / 64
+    found = explanation._scaled(torch.stack([even, peak, faint]), "attention")
+    assert found[0].max() == 0
+    assert found[1, 2, 3] == 1
+    assert found[2, 2, 3] == pytest.approx(1 / 3)  # (2 - 1) / (4 - 1)
+    assert found.count_nonzero() == 2
+
+
 class _Brightness(nn.Module):
     """Looks where it is bright."""
 

@@ -38,7 +38,7 @@ def epochs_that_fit(config: Config, store: Store, fold: int, minutes: float, fol
     start_up = time.monotonic() - begun
     (record,) = runs.open_run(folder).folds[0].records("epoch")
     batch = config.data.loader.batch_size
-    training = TRIAL_STEPS * config.train.accumulate * batch / record["images_per_s"]
+    training = record["step"] * config.train.accumulate * batch / record["images_per_s"]
     validation = record["seconds"] - training
     samples = config.data.loader.epoch_samples or len(fit.split(store, config.data, fold)[0])
     epoch = samples / record["images_per_s"] + validation

@@ -127,6 +127,7 @@ def build_parts(
         channels_last=config.model.channels_last,
         seed=config.data.seed,
         rank=world.rank,
+        image_ids=rows["image_id"].tolist(),
     )
     return parts, weights
 
@@ -151,7 +152,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, train: TrainSettings, batch
     warmup = min(round(train.warmup_epochs * steps), train.epochs * steps - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, train.epochs * steps - warmup),
+        t_initial=max(2, train.epochs * steps - warmup),  # timm warns of a cosine of a single step
         lr_min=min(train.min_lr, train.lr),
         warmup_t=warmup,
         warmup_lr_init=train.lr / max(warmup, 1) if warmup else train.lr,

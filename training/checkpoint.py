@@ -45,6 +45,9 @@ def save(folder: Path, state: dict[str, Any], described: dict[str, Any], keep: i
         state: tensors and plain values, nested; everything needed to continue.
         described: `step` (int) and whatever else the JSON beside it shall say.
         keep: how many to leave, this one counted.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -52,9 +55,17 @@ def save(folder: Path, state: dict[str, Any], described: dict[str, Any], keep: i
     data = buffer.getvalue()
     path = folder / f"step-{described['step']:08d}.pt"
     head = {"version": VERSION, "file": path.name, "sha256": hashlib.sha256(data).hexdigest(), **described}
-    path.with_suffix(".json").unlink(missing_ok=True)  # the same step saved again must not be judged by the old hash
-    write_atomically(path, data)
-    write_atomically(path.with_suffix(".json"), (json.dumps(head, indent=1) + "\n").encode())
+    try:
+        path.with_suffix(".json").unlink(
+            missing_ok=True
+        )  # the same step saved again must not be judged by the old hash
+        write_atomically(path, data)
+        write_atomically(path.with_suffix(".json"), (json.dumps(head, indent=1) + "\n").encode())
+    except OSError as error:
+        raise RunError(
+            f"{path}: the checkpoint of {len(data):,} bytes cannot be written ({error.strerror}); make room or name "
+            "another folder. Earlier checkpoints are sound."
+        ) from None
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()

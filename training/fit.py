@@ -54,7 +54,8 @@ def fit(
     device = pick_device(config.train.device)
     with world(device) as place, memory_advice(config):
         if not place.is_main:  # what every process would say, the first one says
-            logging.getLogger("training").setLevel(logging.WARNING)
+            for package in ("training", "dali_pipes"):
+                logging.getLogger(package).setLevel(logging.WARNING)
         training, held_out = split(store, config.data, fold, place)
         config = _with_batch_size(config, folder, device, len(training) // place.size, place)
         # Every process looks before the first one writes.

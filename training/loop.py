@@ -6,7 +6,7 @@ Nothing between two steps waits for the device: losses are added up there and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class Parts:
     channels_last: bool = False
     seed: int = 0
     rank: int = 0
+    image_ids: Sequence[str] = ()  # of the training rows, for messages
 
     @property
     def judged(self) -> MammoModel:
@@ -92,7 +93,7 @@ def train_epoch(
         RunError: a loss was not finite; names the batch.
     """
     parts.module.train()
-    guard = FiniteGuard(parts.device)
+    guard = FiniteGuard(parts.device, parts.image_ids)
     for batch in timed(batches, monitor, "data"):
         with monitor.time("transfer"):
             batch = parts.to_device(batch)  # noqa: PLW2901 - the host's copy is not wanted any more
@@ -179,7 +180,8 @@ class FiniteGuard:
     The first bad batch is remembered on the device; every `interval` steps, and before anything is saved, it is asked.
     """
 
-    def __init__(self, device: torch.device, interval: int = 20) -> None:
+    def __init__(self, device: torch.device, image_ids: Sequence[str] = (), interval: int = 20) -> None:
+        self._image_ids = image_ids
         self._first = torch.full((), -1, dtype=torch.int64, device=device)
         self._watched: list[tuple[int, int, Tensor]] = []
         self._interval = interval
@@ -199,10 +201,11 @@ class FiniteGuard:
         first = int(self._first)
         if first >= 0:
             epoch, batch, index = self._watched[first]
-            rows = ", ".join(str(row) for row in index.tolist())
+            rows = [int(row) for row in index]
+            names = ", ".join(self._image_ids[row] if self._image_ids else f"row {row}" for row in rows)
             raise RunError(
-                f"The loss was not finite in epoch {epoch}, batch {batch} (rows {rows} of the training pictures). "
-                "Lower train.lr, set train.precision=fp32, or look at those pictures; the last checkpoint is sound."
+                f"The loss was not finite in epoch {epoch + 1}, batch {batch + 1} (images {names}). Lower train.lr, "
+                "set train.precision=fp32, or look at those images; the last checkpoint is sound."
             )
         self._watched.clear()
 

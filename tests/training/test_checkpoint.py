@@ -109,6 +109,18 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
     assert not marker.exists()
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(RunError, match=r"step-00000002\.pt: the checkpoint of .* bytes .*No space left"):
+        _save(tmp_path, 2)
+    assert checkpoint.newest(tmp_path)[1]["step"] == 1
+
+
 def test_differences_leave_out_what_does_not_change_the_result():
     saved = {"train": {"lr": 1, "device": "cpu"}, "monitor": {"interval_s": 1}, "data": {"loader": {"threads": 1}}}
     wanted = {"train": {"lr": 2, "device": "cuda"}, "monitor": {"interval_s": 9}, "data": {"loader": {"cache": "x"}}}

@@ -120,8 +120,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(store, bad_
     parts, loader, _ = _parts(store)
     batches = list(loader.epoch(0))[:6]
     batches[bad_step]["image"][1] = float("nan")
-    rows = ", ".join(str(i) for i in batches[bad_step]["index"].tolist())
-    with pytest.raises(RunError, match=rf"epoch 3, batch {bad_step} \(rows {rows} "):
+    rows, _ = fit.split(store, fakes.small_config().data, 0)
+    names = ", ".join(rows["image_id"].iloc[batches[bad_step]["index"].numpy()])
+    with pytest.raises(RunError, match=rf"epoch 4, batch {bad_step + 1} \(images {names}\)"):
         train_epoch(parts, batches, Position(epoch=3, batches=6), fakes.FakeMonitor(None), lambda at, guard: None)
 
 

@@ -101,7 +101,7 @@ CODECS: dict[Kind, Codec] = {
     Kind.JPEG_LS: Codec("dicomsdl", from_dicomsdl),
     Kind.JPEG_2000: Codec("dicomsdl", from_dicomsdl),
     Kind.JPEG_BASELINE: Codec("dicomsdl", from_dicomsdl, lossless=False),
-    # One grey level off the ISO reference code in 12-bit pictures.
+    # dicomsdl is a grey level off pydicom's values here and there: its inverse cosine transform rounds otherwise.
     Kind.JPEG_EXTENDED: Codec("pylibjpeg", from_libjpeg, lossless=False),
     # dicomsdl has no codec.
     Kind.HTJ2K: Codec("imagecodecs", from_openjph),

@@ -55,13 +55,16 @@ def sniff(data: bytes | bytearray) -> Kind | None:
     return Kind.JPEG_BASELINE if head.startswith(b"\xff\xd8\xff") else None
 
 
-def looks_like_rle(data: bytes | bytearray) -> bool:
-    """Whether the first 64 bytes are an RLE header (PS3.5 G.5) of one or two segments."""
+def looks_like_rle(data: bytes | bytearray, whole: bool = True) -> bool:
+    """Whether the first 64 bytes are an RLE header (PS3.5 G.5) of one or two segments; those of a whole frame begin
+    inside it."""
     if len(data) < 65:
         return False
     count, *offsets = unpack_from("<16I", data)
     used, unused = offsets[:count], offsets[count:]
-    return count in (1, 2) and used[0] == 64 and used == sorted(used) and used[-1] < len(data) and not any(unused)
+    if count not in (1, 2) or used[0] != 64 or used != sorted(used) or any(unused):
+        return False
+    return used[-1] < len(data) or not whole
 
 
 def inspect(data: bytes | bytearray) -> Codestream:

@@ -162,7 +162,7 @@ def _of_frame(
 
 def _begins(source: Source, item: tuple[int, int]) -> bool:
     head = read_exactly(source, item[0], min(item[1], 66))
-    return sniff(head) is not None or looks_like_rle(head + bytes(66))
+    return sniff(head) is not None or looks_like_rle(head, whole=False)
 
 
 def _is_uid(text: str) -> bool:

@@ -99,7 +99,7 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
 def _decode_tiff(file: BufferedReader, settings: ConvertSettings) -> tuple[NDArray[np.integer], Header, str]:
     """A page of a TIFF file; reduced copies (NewSubfileType 1) are no pages."""
     file.seek(0)
-    with TiffFile(file) as tiff:
+    with TiffFile(file, name="picture.tif") as tiff:
         every: list[Any] = list(tiff.pages)
         pages = [page for page in every if not page.is_reduced]
         if not pages:

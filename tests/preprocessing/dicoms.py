@@ -10,7 +10,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import uid
+from pydicom import config, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders.base import get_encoder
@@ -63,8 +63,7 @@ def encode(cells: NDArray[np.integer], syntax: str, precision: int, **options: A
             imagecodecs.jpeg2k_encode(cells, level=0, reversible=True, codecformat="J2K", bitspersample=precision)
         )
     if syntax in (uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K):
-        order = {} if syntax != uid.HTJ2KLosslessRPCL else {"progression": "RPCL"}
-        return bytes(imagecodecs.htj2k_encode(cells, **order))
+        return bytes(imagecodecs.htj2k_encode(cells))  # OpenJPH's progression order is RPCL
     unsigned = cells.view(cells.dtype.str.replace("i", "u"))
     if precision < 8 * unsigned.dtype.itemsize:
         unsigned = unsigned & unsigned.dtype.type(2**precision - 1)
@@ -141,12 +140,13 @@ def dataset(
     coded = frames or [encode(cells, syntax, precision)]
     if len(coded) > 1:
         made.NumberOfFrames = len(coded)
-    for keyword, value in tags.items():
-        if value is None:
-            if keyword in made:
-                del made[keyword]
-        else:
-            setattr(made, keyword, value)
+    with config.disable_value_validation():
+        for keyword, value in tags.items():
+            if value is None:
+                if keyword in made:
+                    del made[keyword]
+            else:
+                setattr(made, keyword, value)
     if syntax in NATIVE:
         data = b"".join(coded)
         made.add_new("PixelData", "OW" if cell > 8 else "OB", data + b"\0" * (len(data) % 2))
@@ -159,12 +159,18 @@ def dataset(
 def save(path: Path, made: Dataset) -> Path:
     """Write it as a file (PS3.10)."""
     syntax = made.file_meta.TransferSyntaxUID
+    if syntax == DEFLATED_FRAME:  # which pydicom does not write
+        made.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
     made.save_as(
         path,
         enforce_file_format=True,
         implicit_vr=syntax == uid.ImplicitVRLittleEndian,
         little_endian=syntax != uid.ExplicitVRBigEndian,
     )
+    if syntax == DEFLATED_FRAME:
+        made.file_meta.TransferSyntaxUID = syntax
+        named = f"{DEFLATED_FRAME}\0".encode()
+        path.write_bytes(path.read_bytes().replace(uid.JPEGBaseline8Bit.encode(), named, 1))
     return path
 
 

@@ -1,0 +1,312 @@
+"""The loader's speed beside the conventional stack and the floor, on the same pictures with the same augmentations.
+
+    python benchmarks/loader_speed.py [--store STORE] [--device cpu|gpu] [--json FILE]
+
+All take turns, so that other load on the machine meets every one, and medians over the turns are shown. Batches that
+were prepared while others had their turn are thrown away before the clock starts. Without a store a synthetic one is
+made; see loader_set.py for what is done to the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+import torch
+from conventional import batches as conventional
+from loader_set import SIDE, Benchmarked, prepare, reopened, source_store
+from rich.console import Console
+from rich.table import Table
+
+from dali_pipes.loader import Loader
+from dali_pipes.settings import LoaderSettings, PipelineSettings
+from preprocessing.manifest import Store
+from preprocessing.tiles import decode_level
+
+BATCH = 8
+PROBED = ("512 zstd, host cache", "512 zstd", "conventional npy16")
+RATIOS = {
+    "conventional_dicom_sv1": "conventional DICOM SV1",
+    "conventional_png8": "conventional PNG8",
+    "conventional_npy16": "conventional npy16",
+}
+OURS = ("512 zstd, host cache", "512 zstd, device cache", "512 zstd", "512 none", "512 lzw", "512 deflate", "512 htj2k")
+
+
+@dataclass
+class Row:
+    """One contestant: `start` begins its endless stream of batches, `drop` are thrown away before the clock starts."""
+
+    name: str
+    start: Callable[[], Iterator[Any]]
+    drop: int
+    rates: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+    gpu: list[float] = field(default_factory=list)
+    stream: Iterator[Any] | None = None
+
+
+def contestants(data: Benchmarked, device: str, threads: int) -> list[Row]:
+    """Everything that is compared."""
+    pipeline = PipelineSettings(height=SIDE, width=SIDE)
+
+    def plain(form: Any, files: list[Path]) -> Callable[[], Iterator[Any]]:
+        return lambda: conventional(files, form, pipeline, BATCH, threads)
+
+    def ours(name: str, cache: str = "none") -> Callable[[], Iterator[Any]]:
+        return lambda: stream(data.stores[name], pipeline, cache, device, threads)
+
+    waiting = 2 * threads  # DataLoader's own prefetching
+    rows = [
+        Row("conventional DICOM SV1", plain("dicom", data.dicom), waiting),
+        Row("conventional PNG8", plain("png8", data.png8), waiting),
+        Row("conventional npy16", plain("npy16", data.npy16), waiting),
+        *(Row(name, ours(name), 4) for name in data.stores),
+        Row("512 zstd, host cache", ours("512 zstd", "host"), 4),
+    ]
+    if device != "cpu":
+        rows.append(Row("512 zstd, device cache", ours("512 zstd", "device"), 4))
+    return [
+        *rows,
+        Row("floor: decode 512 zstd", lambda: decode_alone(data.stores["512 zstd"]), 0),
+        Row("floor: copy", copy_alone, 0),
+    ]
+
+
+def stream(
+    store: Store, pipeline: PipelineSettings, cache: Any, device: str, threads: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Our batches, epoch after epoch."""
+    settings = LoaderSettings(batch_size=BATCH, threads=threads, cache=cache, sampling="natural", epoch_samples=1 << 16)
+    with Loader(store, store.manifest, pipeline, settings, device=device) as loader:
+        epoch = 0
+        while True:
+            yield from loader.epoch(epoch)
+            epoch += 1
+
+
+def decode_alone(store: Store) -> Iterator[int]:
+    """Decoding on one core and nothing else."""
+    tiles = [(store.root / path).read_bytes() for path in store.manifest["path_512"]]
+    while True:
+        for start in range(0, len(tiles) - BATCH + 1, BATCH):
+            for tile in tiles[start : start + BATCH]:
+                decode_level(tile)
+            yield start
+
+
+def copy_alone() -> Iterator[torch.Tensor]:
+    """Copying finished batches and nothing else."""
+    ready = torch.zeros(BATCH, 1, SIDE, SIDE)
+    while True:
+        yield ready.clone()
+
+
+def turn(row: Row, seconds: float, device: str) -> None:
+    """Let one contestant run for a while."""
+    row.stream = row.stream or row.start()
+    for _ in range(row.drop):
+        next(row.stream)
+    _settle(device)
+    with GpuWatch(device) as watch:
+        began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
+        while count < 2 * BATCH or time.perf_counter() - began < seconds:
+            next(row.stream)
+            count += BATCH
+        _settle(device)
+        spent = time.perf_counter() - began
+    row.rates.append(count / spent)
+    row.cpu_ms.append((_cpu_seconds() - cpu) / count * 1e3)
+    row.gpu.append(watch.utilisation)
+
+
+def _settle(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and its workers."""
+    own = psutil.Process()
+    total = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            used = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += used.user + used.system
+    return total
+
+
+class GpuWatch:
+    """Mean utilisation of the GPU while it is open, by pynvml; NaN on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self._on, self._seen, self._done = device != "cpu", [], threading.Event()
+
+    def __enter__(self) -> GpuWatch:
+        if self._on:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._on:
+            self._thread.join()
+
+    @property
+    def utilisation(self) -> float:
+        """Per cent."""
+        return statistics.fmean(self._seen) if self._seen else float("nan")
+
+    def _watch(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        while not self._done.wait(0.05):
+            self._seen.append(float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
+        pynvml.nvmlShutdown()
+
+
+def probe(data: Benchmarked, name: str, device: str, threads: int) -> dict[str, float]:
+    """Run in a process of its own: seconds to the first batch (imports not counted), and peak memory in MiB."""
+    (row,) = (row for row in contestants(data, device, threads) if row.name == name)
+    began = time.perf_counter()
+    batches = row.start()
+    next(batches)
+    first = time.perf_counter() - began
+    peak = 0.0
+    for _ in range(16):
+        next(batches)
+        own = psutil.Process()
+        peak = max(peak, sum(p.memory_full_info().pss for p in [own, *own.children(recursive=True)]) / 2**20)
+    used = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+    return {"first_batch_s": first, "peak_memory_mb": peak, "device_memory_mb": used / 2**20}
+
+
+def probe_apart(scratch: Path, name: str, device: str, threads: int) -> dict[str, float]:
+    """`probe` in a fresh process, on the set that lies in `scratch`."""
+    arguments = ["--probe", name, "--scratch", str(scratch)]
+    command = [sys.executable, __file__, *arguments, "--device", device, "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(rows: list[Row], probes: dict[str, dict[str, float]], device: str, threads: int) -> dict[str, Any]:
+    """What goes into the JSON file."""
+    described = []
+    for row in rows:
+        entry = {
+            "name": row.name,
+            "images_per_s": statistics.median(row.rates),
+            "cpu_ms": statistics.median(row.cpu_ms),
+            "rates": row.rates,
+            **probes.get(row.name, {}),
+        }
+        if not np.isnan(row.gpu[0]):
+            entry["gpu_utilisation"] = statistics.fmean(row.gpu)
+        described.append(entry)
+    rate = {entry["name"]: entry["images_per_s"] for entry in described}
+    best = max((name for name in OURS if name in rate), key=lambda name: rate[name])
+    gpu = torch.cuda.get_device_name() if device != "cpu" else None
+    return {
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": threads, "gpu": gpu, "size": SIDE},
+        "rows": described,
+        "best": best,
+        "ratios": {key: rate[best] / rate[name] for key, name in RATIOS.items()},
+        "ratios_uncached_512": {key: rate["512 zstd"] / rate[name] for key, name in RATIOS.items()},
+        "detector_28_over_5_megapixels": rate["5 MP"] / rate["28 MP"],
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The table, its plot, and the ratios."""
+    table = Table(title=f"Loader, {SIDE}×{SIDE}, batches of {BATCH}, {found['machine']['cores']} cores")
+    table.add_column("", no_wrap=True)
+    for name in ("images/s", "CPU ms", "first s", "MiB"):
+        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True)  # the plot
+    most = max(row["images_per_s"] for row in found["rows"] if not row["name"].startswith("floor"))
+    for row in found["rows"]:
+        first, memory = row.get("first_batch_s"), row.get("peak_memory_mb")
+        table.add_row(
+            row["name"],
+            f"{row['images_per_s']:.0f}",
+            f"{row['cpu_ms']:.2f}",
+            "" if first is None else f"{first:.2f}",
+            "" if memory is None else f"{memory:.0f}",
+            "█" * max(1, round(20 * min(1, row["images_per_s"] / most))),
+        )
+    console.print(table)
+    for title, ratios in ((found["best"], found["ratios"]), ("512 zstd", found["ratios_uncached_512"])):
+        listed = ", ".join(f"{ratio:.2f} × {RATIOS[name]}" for name, ratio in ratios.items())
+        console.print(f"{title}: {listed}", highlight=False)
+    console.print(f"An image of 28 megapixels costs {found['detector_28_over_5_megapixels']:.2f} × one of 5.")
+
+
+@click.command()
+@click.option("--store", default="store", show_default=True, help="Store whose pictures are taken.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--images", type=click.IntRange(8), default=16, show_default=True, help="Pictures in the set.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of each contestant.")
+@click.option("--seconds", type=float, default=0.7, show_default=True, help="Length of a turn.")
+@click.option("--threads", type=int, default=0, help="Threads, and workers of the conventional stack; 0 for all cores.")
+@click.option("--json", "target", type=click.Path(path_type=Path), default=None, help="Write the figures there.")
+@click.option("--probe", "probed", default=None, hidden=True)
+@click.option("--scratch", type=click.Path(path_type=Path), default=None, hidden=True)
+def main(
+    store: str,
+    device: str,
+    images: int,
+    repeats: int,
+    seconds: float,
+    threads: int,
+    target: Path | None,
+    probed: str | None,
+    scratch: Path | None,
+) -> None:
+    """Measure and show."""
+    threads = threads or len(os.sched_getaffinity(0))
+    place = "cuda" if device == "gpu" else "cpu"
+    if device == "gpu" and not torch.cuda.is_available():
+        raise click.ClickException("--device gpu: torch sees no GPU here.")
+    console = Console()
+    if probed and scratch:
+        print(json.dumps(probe(reopened(scratch), probed, place, threads)))
+        return
+    with tempfile.TemporaryDirectory(prefix="loader-speed-") as folder:
+        with console.status("Preparing pictures"):
+            data = prepare(source_store(Path(store), Path(folder)), Path(folder) / "set", images)
+        rows = contestants(data, place, threads)
+        for repeat in range(repeats):
+            for row in rows:
+                with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
+                    turn(row, seconds, place)
+        for row in rows:
+            row.stream = None  # ends its workers
+        with console.status("Memory and first batch"):
+            probes = {name: probe_apart(Path(folder) / "set", name, device, threads) for name in PROBED}
+    found = summary(rows, probes, place, threads)
+    show(found, console)
+    if target:
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

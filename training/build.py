@@ -84,6 +84,9 @@ def build_parts(
         The parts, and where the backbone's weights came from.
     """
     train = config.train
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has one shape
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(seed)
     model = build_model(config.model, config.pipeline.channels)
     # DistributedDataParallel hands the first process's weights to the others, so one download is enough.

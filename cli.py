@@ -189,6 +189,18 @@ def verify(ctx: click.Context, store: Path) -> None:
         ctx.exit(1)
 
 
+@main.command("augment-preview")
+@_store
+@click.option("--out", type=_PATH, default=Path("augment.png"), show_default=True, help="PNG to write.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the changes drawn.")
+def augment_preview(store: Path, out: Path, seed: int) -> None:
+    """Draw a sheet of pictures as they are and as training's augmentation changes them."""
+    from dali_pipes.preview import draw_sheet
+    from preprocessing.manifest import open_store
+
+    click.echo(f"Augmentation sheet: {draw_sheet(open_store(store), out, seed=seed)}")
+
+
 @main.command()
 @_store
 @_config

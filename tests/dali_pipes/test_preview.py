@@ -1,0 +1,30 @@
+import cv2
+import numpy as np
+import pytest
+from tests.dali_pipes.stores import flipped, make_store
+
+from dali_pipes.preview import draw_sheet
+from dali_pipes.settings import PipelineSettings
+from preprocessing.errors import StoreError
+
+SMALL = PipelineSettings(height=64, width=64)
+
+
+def test_the_sheet_shows_each_original_beside_its_variants(tmp_path):
+    store = make_store(tmp_path / "store", count=8)
+    sheet = cv2.imread(str(draw_sheet(store, tmp_path / "sheet.png", SMALL, images=3, variants=4)), 0)
+    rows, columns = sheet.shape[0] // 3, sheet.shape[1] // 5
+    cells = [[sheet[r * rows :, c * columns :][:320, :320].astype(int) for c in range(5)] for r in range(3)]
+    assert all(cell.std() > 20 for line in cells for cell in line)
+    for line in cells:
+        assert all(np.abs(line[0] - variant).mean() > 2 for variant in line[1:])
+    again = cv2.imread(str(draw_sheet(store, tmp_path / "again.png", SMALL, images=3, variants=4)), 0)
+    assert np.array_equal(sheet, again)
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    store = make_store(tmp_path / "store", count=1)
+    path = store.root / store.manifest["path_64"].iloc[0]
+    flipped(path, 100)
+    with pytest.raises(StoreError, match=str(path)):
+        draw_sheet(store, tmp_path / "sheet.png", SMALL)

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from dali_pipes.cache import LevelCache, shared_cache
+from dali_pipes.mixing import mix_batch
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
-from dali_pipes.plan import Plan
+from dali_pipes.plan import Mix, Plan
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Fault, Sample, Source
 from preprocessing.errors import StoreError
@@ -38,6 +39,7 @@ class _Fed(NamedTuple):
     rows: NDArray[np.int64]
     faults: list[Fault]
     columns: Sequence[Sequence[Any]]
+    mixes: list[Mix]
 
 
 class Loader:
@@ -194,17 +196,18 @@ class Loader:
         """Rows and samples, read one batch ahead of the graph."""
         assert self._pool is not None
         order = self._plan.order(epoch)
-        ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[Sample, Fault | None]]]]] = deque()
+        ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[Sample, Fault | None]]], list[Mix]]] = deque()
         for step in range(start_step, self._plan.steps + 1):
             if step < self._plan.steps:
                 places = self._plan.places(step)
                 jobs = [self._pool.submit(self._sample, epoch, int(order[p]), int(p)) for p in places]
-                ahead.append((order[places], jobs))
+                mixes = [self._plan.mix(epoch, int(p)) for p in places] if self._plan.mixes else []
+                ahead.append((order[places], jobs, mixes))
             if len(ahead) > 1 or (ahead and step >= self._plan.steps):
-                rows, jobs = ahead.popleft()
+                rows, jobs, mixes = ahead.popleft()
                 samples, faults = zip(*(job.result() for job in jobs), strict=True)
                 columns = [list(column) for column in zip(*samples, strict=True)]
-                yield _Fed(rows, [fault for fault in faults if fault], columns)
+                yield _Fed(rows, [fault for fault in faults if fault], columns, mixes)
 
     def _sample(self, epoch: int, row: int, place: int) -> tuple[Sample, Fault | None]:
         return self._source.sample(row, self._plan.sample(epoch, place))
@@ -223,7 +226,8 @@ class Loader:
             self._faults[fault.row] = fault.reason
         self._check_budget()
         facts = {"label": self._labels[fed.rows], "index": fed.rows, "ok": ok}
-        return {"image": image, **{name: torch.from_numpy(value).to(self._device) for name, value in facts.items()}}
+        batch = {"image": image, **{name: torch.from_numpy(value).to(self._device) for name, value in facts.items()}}
+        return mix_batch(batch, fed.mixes) if fed.mixes else batch
 
     def _check_budget(self) -> None:
         most = self._settings.max_bad_samples

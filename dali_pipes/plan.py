@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dali_pipes.settings import AugmentSettings, LoaderSettings
 
 # One purpose, one counter: numbers added for one never shift another's.
-_ORDER, _SAMPLE, _GRID, _HOLES = range(4)
+_ORDER, _SAMPLE, _GRID, _HOLES, _MIX = range(5)
 
 
 class Draw(NamedTuple):
@@ -58,6 +58,18 @@ class Draw(NamedTuple):
     sharpen: float = 0.0
     grid: NDArray[np.float32] | None = None
     holes: NDArray[np.float32] = np.zeros((0, 4), np.float32)
+
+
+class Mix(NamedTuple):
+    """How a sample is mixed with the next one of its batch.
+
+    Attributes:
+        weight: of the sample itself, in [0, 1]; its partner has the rest.
+        box: CutMix's top, left, bottom, right in [0, 1], taken from the partner; None for MixUp.
+    """
+
+    weight: float = 1.0
+    box: tuple[float, float, float, float] | None = None
 
 
 class Plan:
@@ -187,6 +199,27 @@ class Plan:
             grid=self._grid(epoch, place, settings) if grid else None,
             holes=np.concatenate(holes) if holes else np.zeros((0, 4), np.float32),
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed with one another."""
+        return self.augment is not None and (self.augment.mixup > 0 or self.augment.cutmix > 0)
+
+    def mix(self, epoch: int, place: int) -> Mix:
+        """How the sample at a place of an epoch is mixed; MixUp and CutMix in turns by chance where both are on."""
+        settings = self.augment
+        if settings is None or not self.mixes:
+            return Mix()
+        rng = self._generator(epoch, _MIX, place)
+        choice, y, x = rng.random(3)
+        cut = settings.cutmix > 0 and (settings.mixup == 0 or choice < 0.5)
+        alpha = settings.cutmix if cut else settings.mixup
+        weight = float(rng.beta(alpha, alpha))
+        if not cut:
+            return Mix(weight)
+        half = (1 - weight) ** 0.5 / 2
+        box = (max(y - half, 0.0), max(x - half, 0.0), min(y + half, 1.0), min(x + half, 1.0))
+        return Mix(weight, box)
 
     def _generator(self, epoch: int, purpose: int, place: int = 0) -> np.random.Generator:
         # The lowest word of the counter runs while numbers are drawn; the others name the stream.

@@ -63,8 +63,18 @@ class AugmentSettings(_Settings):
         default=0.12, gt=0, le=0.5, description="Largest side of a hole, as a share of the picture's."
     )
     grid_dropout: float = Field(default=0.0, ge=0, le=1, description="Probability of grid dropout.")
-    mixup: float = Field(default=0.0, ge=0, le=10, description="Alpha of MixUp's Beta distribution; 0 is off.")
-    cutmix: float = Field(default=0.0, ge=0, le=10, description="Alpha of CutMix's Beta distribution; 0 is off.")
+    mixup: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Alpha of MixUp's Beta distribution, between samples of a batch; 0 is off.",
+    )
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Alpha of CutMix's Beta distribution, between samples of a batch; 0 is off.",
+    )
 
 
 class PipelineSettings(_Settings):

@@ -1,0 +1,49 @@
+"""MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) on a finished batch: each sample with the next one in it.
+
+Weights and boxes are the plan's, like all randomness; the partner is whoever stands next in the batch. With mixing on,
+the stream therefore depends on the batch size and the number of ranks; without it, it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dali_pipes.plan import Mix
+
+Batch = dict[str, torch.Tensor]
+
+
+def mix_batch(batch: Batch, mixes: Sequence[Mix]) -> Batch:
+    """The batch with its samples mixed; `label` becomes the mean of both labels, weighted as the pictures are.
+
+    A sample is left as it is where it or its partner is damaged or has no label.
+
+    Args:
+        batch: `image` float32 [B, C, H, W], `label` float32 [B], `ok` bool [B] and more.
+        mixes: one a sample.
+    """
+    image, label = batch["image"], batch["label"]
+    usable = batch["ok"] & ~torch.isnan(label)
+    usable &= usable.roll(-1)
+    keep = _kept(mixes, *image.shape[2:]).to(image.device)
+    keep = torch.where(usable[:, None, None], keep, 1)
+    mixed = torch.lerp(image.roll(-1, 0), image, keep[:, None])
+    weight = keep.mean(dim=(1, 2), dtype=torch.float64).to(label.dtype)
+    mixed_label = torch.where(usable, torch.lerp(label.roll(-1), label, weight), label)
+    return batch | {"image": mixed, "label": mixed_label}
+
+
+def _kept(mixes: Sequence[Mix], height: int, width: int) -> torch.Tensor:
+    """Share of itself that each sample keeps at each pixel, float32 [B, height, width]."""
+    keep = torch.ones(len(mixes), height, width)
+    for share, mix in zip(keep, mixes, strict=True):
+        if mix.box is None:
+            share.fill_(mix.weight)
+        else:
+            top, left, bottom, right = (
+                round(edge * side) for edge, side in zip(mix.box, (height, width) * 2, strict=True)
+            )
+            share[top:bottom, left:right] = 0
+    return keep

@@ -1,11 +1,11 @@
 import cv2
 import numpy as np
 import pytest
-from tests.dali_pipes.stores import flipped, make_store
 
 from dali_pipes.preview import draw_sheet
 from dali_pipes.settings import PipelineSettings
 from preprocessing.errors import StoreError
+from tests.dali_pipes.stores import flipped, make_store
 
 SMALL = PipelineSettings(height=64, width=64)
 

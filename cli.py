@@ -285,6 +285,9 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 @click.option("--csv", "table", type=_PATH, default=None, help=f"Their table.  [default: {RSNA}/test.csv]")
 @click.option("--out", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write.")
 @click.option("--tta/--no-tta", default=False, help="Average each prediction with its left-right mirror image's.")
+@click.option("--binary", is_flag=True, help="Write 0 and 1, cut at the threshold chosen out of fold.")
+@click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
 @_device
 @click.pass_context
 def predict(
@@ -295,6 +298,9 @@ def predict(
     table: Path | None,
     out: Path,
     tta: bool,
+    binary: bool,
+    explain: Path | None,
+    workers: int,
     device: str | None,
 ) -> None:
     """Write a submission: one probability a breast, averaged over the folds of the runs.
@@ -303,8 +309,8 @@ def predict(
     """
     from training import predict as prediction
 
-    if store is not None and (images is not None or table is not None):
-        raise InputError("predict takes --store, or --images with --csv, not both.")
+    if store is not None and images is not None:
+        raise InputError("predict takes --store or --images, not both.")
     if store is None and images is None:
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
     with _console(ctx) as console, console.progress("Predicting", unit="images") as advance:
@@ -316,6 +322,9 @@ def predict(
             csv=table,
             device=device or "auto",
             tta=tta,
+            binary=binary,
+            explain=explain,
+            workers=workers,
             progress=advance,
         )
     click.echo(summary)

@@ -54,9 +54,9 @@ def from_libjpeg(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
     return libjpeg_decode(bytes(data))
 
 
-def from_openjph(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
-    """Decode HTJ2K with OpenJPH through imagecodecs."""
-    return imagecodecs.htj2k_decode(bytes(data))
+def from_openjpeg(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+    """Decode HTJ2K with OpenJPEG through imagecodecs."""
+    return imagecodecs.jpeg2k_decode(bytes(data), numthreads=1)
 
 
 def from_charls(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
@@ -103,8 +103,9 @@ CODECS: dict[Kind, Codec] = {
     Kind.JPEG_BASELINE: Codec("dicomsdl", from_dicomsdl, lossless=False),
     # dicomsdl is a grey level off pydicom's values here and there: its inverse cosine transform rounds otherwise.
     Kind.JPEG_EXTENDED: Codec("pylibjpeg", from_libjpeg, lossless=False),
-    # dicomsdl has no codec.
-    Kind.HTJ2K: Codec("imagecodecs", from_openjph),
+    # dicomsdl has no codec. OpenJPEG and not the faster OpenJPH, whose errors imagecodecs prints and ignores: what it
+    # then hands out is unwritten memory.
+    Kind.HTJ2K: Codec("imagecodecs", from_openjpeg),
     Kind.DEFLATED: Codec("zlib", from_deflate),
     # dicomsdl writes past its buffer where segments hold more than the picture.
     Kind.RLE: Codec("imagecodecs", from_packbits),

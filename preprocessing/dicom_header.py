@@ -5,8 +5,11 @@ pydicom reads the tags: it is slower than a C parser by a millisecond and cannot
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from struct import unpack
@@ -114,34 +117,44 @@ def read(file: Source, frame: int | None, most_bytes: int) -> DicomHeader:
     Raises:
         Rejection: no DICOM, damaged, out of range, in colour, without pixel data, or multi-frame and no frame chosen.
     """
-    with warnings.catch_warnings(), config.disable_value_validation():
-        warnings.simplefilter("ignore")  # they quote values, which may name the patient
-        dataset, source, syntax, little_endian, implicit = _parse(file, most_bytes)
-        return _checked(dataset, source, syntax, little_endian, implicit, frame)
+    with _quiet(), config.disable_value_validation():
+        try:
+            dataset, source, syntax, little_endian, implicit = _parse(file, most_bytes)
+            return _checked(dataset, source, syntax, little_endian, implicit, frame)
+        except (Rejection, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001  pydicom raises whatever a damaged file provokes, also when asked later
+            raise Rejection(Reason.BAD_HEADER, f"its tags cannot be read ({type(error).__name__})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without pydicom's warnings and log lines: they quote values, which may name the patient."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _parse(file: Source, most_bytes: int) -> tuple[Dataset, Source, str, bool, bool]:
     """Tags before the pixel data; the source stands at the pixel data element."""
-    try:
-        file.seek(0)
-        read_preamble(file, True)
-        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
-        syntax = str(meta.get("TransferSyntaxUID", "")).strip()
-        if syntax == DeflatedExplicitVRLittleEndian:
-            source: Source = BytesIO(_inflate(file.read(), most_bytes))
-            dataset = read_dataset(source, False, True, stop_when=_at_pixels, specific_tags=_TAGS)
-            return dataset, source, syntax, True, False
-        file.seek(0)
-        dataset = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_WANTED)
-        implicit, little_endian = dataset.original_encoding
-        syntax = syntax or _plain_syntax(bool(implicit), bool(little_endian))
-        return dataset, file, syntax, bool(little_endian), bool(implicit)
-    except Rejection:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  pydicom raises whatever a damaged file provokes
-        raise Rejection(Reason.BAD_HEADER, f"its tags cannot be read ({type(error).__name__})") from None
+    file.seek(0)
+    read_preamble(file, True)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    syntax = str(meta.get("TransferSyntaxUID", "")).strip()
+    if syntax == DeflatedExplicitVRLittleEndian:
+        source: Source = BytesIO(_inflate(file.read(), most_bytes))
+        dataset = read_dataset(source, False, True, stop_when=_at_pixels, specific_tags=_TAGS)
+        return dataset, source, syntax, True, False
+    file.seek(0)
+    dataset = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_WANTED)
+    implicit, little_endian = dataset.original_encoding
+    syntax = syntax or _plain_syntax(bool(implicit), bool(little_endian))
+    return dataset, file, syntax, bool(little_endian), bool(implicit)
 
 
 def _plain_syntax(implicit: bool, little_endian: bool) -> str:

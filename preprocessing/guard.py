@@ -11,12 +11,13 @@ import os
 import stat
 from collections.abc import Sequence
 from enum import StrEnum
-from io import BufferedReader, BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+_ALWAYS_READ = 2**20  # bytes
 _FEWEST_ROWS = 64  # below them no row tells anything
 LARGEST_FILE = 4 * 2**30  # bytes; a tomosynthesis file of 100 frames at full size has about 1.7 GB
 SMALLEST_SIDE = 2  # rows or columns
@@ -66,6 +67,16 @@ class Rejection(Exception):  # noqa: N818  it is an outcome, not a fault
         return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)
 
 
+class BoundedReader(BufferedReader):
+    """A file whose `read` takes no memory for bytes that are not there, whatever length a damaged header names."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As `BufferedReader.read`."""
+        if size is not None and size > _ALWAYS_READ:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading; never hangs on a FIFO and never touches a device.
 
@@ -81,7 +92,7 @@ def open_regular(path: Path) -> BufferedReader:
         loop = isinstance(error, OSError) and error.errno in _NO_FILE_ERRORS
         reason = Reason.NOT_A_FILE if loop or isinstance(error, ValueError) else Reason.UNREADABLE
         raise Rejection(reason, getattr(error, "strerror", None) or "impossible path") from None
-    file = os.fdopen(descriptor, "rb")
+    file = BoundedReader(FileIO(descriptor))
     try:
         status = os.fstat(descriptor)  # what was opened, should it have been exchanged since
         _check_regular(status)

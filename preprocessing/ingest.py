@@ -7,6 +7,7 @@ import math
 import os
 import string
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,8 +190,13 @@ def _pseudonym(path: Path, kind: str) -> str:
     """The same for all files of a patient, and not the name or number that the DICOM file holds (0010,0020); the stem
     of other files' names."""
     if kind == "dicom":
-        known = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
-        identifier = str(known.get("PatientID") or "").strip()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's warnings quote values
+            try:
+                known = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
+                identifier = str(known.get("PatientID") or "").strip()
+            except Exception:  # noqa: BLE001  pydicom raises as many kinds as there are bad headers
+                identifier = ""
         if identifier:
             return "p" + hashlib.sha256(f"mammopipe patient {identifier}".encode()).hexdigest()[:16]
     return stem(path.name)
@@ -200,7 +206,7 @@ def _percentiles(picture: tiles.Level, found: Breast) -> tuple[float, float]:
     """The 0.5th and 99.5th percentile of the breast's values, padding left out; always low < high."""
     step = max(1, min(picture.shape) // 1024)
     sample = picture[::step, ::step]
-    rows = np.minimum(np.arange(sample.shape[0]) * step * found.mask.shape[0] // picture.shape[0], 10**9)
+    rows = np.arange(sample.shape[0]) * step * found.mask.shape[0] // picture.shape[0]
     columns = np.arange(sample.shape[1]) * step * found.mask.shape[1] // picture.shape[1]
     values = sample[found.mask[np.ix_(rows, columns)] & (sample > 0)]
     if not values.size:

@@ -61,7 +61,7 @@ def host_pipeline(
     pipeline = Pipeline(batch_size, threads, device_id=None, prefetch_queue_depth=prefetch, exec_dynamic=True)
     with pipeline:
         fed = list(_fed(source, decoded))
-        fed[0] = fed[0] if decoded else decode(fed[0], "cpu")
+        fed[0] = fed[0] if decoded else _decode(fed, "cpu", settings)
         pipeline.set_outputs(fn.python_function(*fed, function=run, batch_processing=True, output_layouts="CHW"))
     pipeline.build()
     return pipeline
@@ -97,7 +97,7 @@ def operator_pipeline(
         elif decoded:
             tile = fed[0].gpu() if device == "gpu" else fed[0]
         else:
-            tile = decode(fed[0], "mixed" if device == "gpu" else "cpu")
+            tile = _decode(fed, "mixed" if device == "gpu" else "cpu", settings)
         _, numbers, matrix, table, grid, holes = fed
         return all_steps(tile, numbers, matrix, table, grid, holes, settings, device)
 
@@ -115,6 +115,27 @@ def operator_pipeline(
 def decode(encoded: Any, device: str) -> Any:
     """Tile files to uint16 HWC, the stored values as they are (INT16 would halve them, FLOAT scale them)."""
     return fn.decoders.image(encoded, device=device, dtype=DALIDataType.UINT16, output_type=DALIImageType.ANY_DATA)
+
+
+def decode_region(encoded: Any, region: Any, device: str) -> Any:
+    """As `decode`, a region alone (top, left, rows, columns): of a tiled file the tiles that it touches are decoded."""
+    return fn.decoders.image_slice(
+        encoded,
+        start=region[:2],
+        shape=region[2:],
+        axes=[0, 1],
+        device=device,
+        dtype=DALIDataType.UINT16,
+        output_type=DALIImageType.ANY_DATA,
+    )
+
+
+@do_not_convert
+def _decode(fed: Any, device: str, settings: PipelineSettings) -> Any:
+    """Whole levels, or what a patch shows of them."""
+    if settings.patch_level is None:
+        return decode(fed[0], device)
+    return decode_region(fed[0], fn.cast(fed[1][-4:], dtype=DALIDataType.INT32), device)
 
 
 @do_not_convert

@@ -27,6 +27,7 @@ class Draw(NamedTuple):
         angle: rotation in degrees, counter-clockwise as seen.
         zoom: relative size.
         shift_x, shift_y: right and down, as a share of the output's width and height.
+        patch_x, patch_y: in [0, 1], where in the level a patch lies; the middle is 0.5.
         pick: in [0, 1), which of the file's windows.
         window_shift: of the window's centre, in window widths.
         window_zoom: relative window width.
@@ -45,6 +46,8 @@ class Draw(NamedTuple):
     zoom: float = 1.0
     shift_x: float = 0.0
     shift_y: float = 0.0
+    patch_x: float = 0.5
+    patch_y: float = 0.5
     pick: float = 0.0
     window_shift: float = 0.0
     window_zoom: float = 1.0
@@ -151,7 +154,8 @@ class Plan:
         if settings is None:
             return Draw()
         # Every number is drawn whether it is wanted or not: turning one change off leaves the others as they were.
-        u = iter(self._generator(epoch, _SAMPLE, place).random(32).tolist())
+        *numbers, patch_x, patch_y = self._generator(epoch, _SAMPLE, place).random(32).tolist()
+        u = iter(numbers)
         chance = lambda probability: next(u) < probability  # noqa: E731
         spread = lambda largest: (2 * next(u) - 1) * largest  # noqa: E731
         hflip, vflip = chance(settings.hflip), chance(settings.vflip)
@@ -185,6 +189,8 @@ class Plan:
             zoom=zoom if affine else 1.0,
             shift_x=shift_x if affine else 0.0,
             shift_y=shift_y if affine else 0.0,
+            patch_x=patch_x,
+            patch_y=patch_y,
             pick=pick if settings.choose_window else 0.0,
             window_shift=window_shift if window else 0.0,
             window_zoom=window_zoom if window else 1.0,

@@ -83,6 +83,11 @@ class PipelineSettings(_Settings):
     height: int = Field(default=512, ge=32, le=4096, description="Height of the training pictures in pixels.")
     width: int = Field(default=512, ge=32, le=4096, description="Width of the training pictures in pixels.")
     channels: Literal[1, 3] = Field(default=1, description="Channels of the tensors: 1, or 3 equal ones.")
+    patch_level: str | None = Field(
+        default=None,
+        description="Read patches of height × width pixels of this level ('full', '2048' ...) instead of whole "
+        "pictures, at a random place in training with augmentation and from the middle otherwise.",
+    )
     window: Literal["manifest", "percentile", "fixed"] = Field(
         default="manifest",
         description="'manifest' takes the file's VOI window or LUT (percentiles where there is none), 'percentile' the "

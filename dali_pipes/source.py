@@ -19,6 +19,7 @@ from dali_pipes.cache import LevelCache
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
 from preprocessing import grayscale
+from preprocessing.errors import ConfigError
 from preprocessing.manifest import Store, level_column, pick_level
 from preprocessing.tiles import decode_level, encode_level
 
@@ -38,7 +39,12 @@ NUMBERS = (
     "noise",
     "noise_x",  # whole: where in the noise bank
     "noise_y",
+    "top",  # the region of the level that is decoded, where patches are read
+    "left",
+    "rows",
+    "columns",
 )
+_PATCH_MARGIN = 1 / 16  # of a patch's side, read around it
 NOISE_PLACES = 256  # along each side of the noise bank
 PLACEHOLDER = np.frombuffer(encode_level(np.zeros((16, 16), np.uint16)), np.uint8)
 
@@ -96,6 +102,11 @@ class Source:
         self._arrays, self._cache, self._place = arrays, cache, place
         blank = place(np.zeros((16, 16, 1), np.uint16)) if self.gives_arrays else PLACEHOLDER
         self._placeholder = _placeholder(blank)
+        if pipeline.patch_level not in (None, *store.levels):
+            raise ConfigError(
+                f"pipeline.patch_level = {pipeline.patch_level!r}: {store.root} has the levels "
+                f"{', '.join(store.levels)}. Name one of them, or convert with --levels."
+            )
         self._rows: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
 
     def sample(self, row: int, draw: Draw) -> tuple[Sample, Fault | None]:
@@ -108,7 +119,14 @@ class Source:
             return self._placeholder, Fault(row, str(error))
         height, width = int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
         shown = self._pipeline.height, self._pipeline.width
-        matrix = output_to_level(height, width, *shown, draw, self._mirrored(facts))
+        if self._pipeline.patch_level is None:
+            matrix, region = output_to_level(height, width, *shown, draw, self._mirrored(facts)), (0, 0, height, width)
+        else:
+            matrix = output_to_patch(height, width, *shown, draw, self._mirrored(facts))
+            region = seen_region(matrix, height, width, *shown)
+            matrix[:, 2] -= region[1::-1]
+            if self.gives_arrays:
+                picture = _cut(picture, *region)
         table_on, sigmoid, scale, bias, table = choose_window(facts, self._pipeline, draw)
         values = {
             "table": table_on,
@@ -125,6 +143,7 @@ class Source:
             "noise": draw.noise_sigma,
             "noise_x": int(draw.noise_x * NOISE_PLACES),
             "noise_y": int(draw.noise_y * NOISE_PLACES),
+            **dict(zip(NUMBERS[-4:], region, strict=True)),
         }
         return (
             Sample(
@@ -139,7 +158,9 @@ class Source:
         )
 
     def level(self, row: int) -> str:
-        """The level that a row is read from: the smallest that need not be enlarged."""
+        """The level that a row is read from: that of the patches, or the smallest that need not be enlarged."""
+        if self._pipeline.patch_level is not None:
+            return self._pipeline.patch_level
         facts = self._rows[row]
         size = int(facts["crop_height"]), int(facts["crop_width"])
         return pick_level(self._levels, *size, self._pipeline.height, self._pipeline.width)
@@ -186,7 +207,7 @@ class _UnusableError(Exception):
 
 def _placeholder(picture: Any) -> Sample:
     """A black sample in the place of a damaged one."""
-    numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0}
+    numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0, "rows": 16.0, "columns": 16.0}
     return Sample(
         picture,
         np.array([numbers[name] for name in NUMBERS], np.float32),
@@ -195,6 +216,12 @@ def _placeholder(picture: Any) -> Sample:
         np.zeros((2, 2, 2), np.float32),
         np.zeros((0, 4), np.float32),
     )
+
+
+def _cut(picture: Any, top: int, left: int, rows: int, columns: int) -> Any:
+    """A region of a level, contiguous; an array or a tensor."""
+    region = picture[top : top + rows, left : left + columns]
+    return np.ascontiguousarray(region) if isinstance(region, np.ndarray) else region.contiguous()
 
 
 def output_to_level(
@@ -206,6 +233,46 @@ def output_to_level(
     scaled about the output's centre, shifted.
     """
     fit = min(out_height / height, out_width / width)
+    return _affine((height / 2, width / 2), fit, out_height, out_width, draw, mirrored)
+
+
+def output_to_patch(
+    height: int, width: int, out_height: int, out_width: int, draw: Draw, mirrored: bool
+) -> NDArray[np.float64]:
+    """As `output_to_level`, for a patch in the level's own pixels, which lies where the draw says.
+
+    It stays inside the level along each axis that is long enough, but for what the changes add; a shorter one is in
+    the patch's middle.
+    """
+    free = max(height - out_height, 0), max(width - out_width, 0)
+    middle = (
+        height / 2 + (draw.patch_y - 0.5) * free[0],
+        width / 2 + (draw.patch_x - 0.5) * free[1],
+    )
+    return _affine(middle, 1.0, out_height, out_width, draw, mirrored)
+
+
+def seen_region(
+    matrix: NDArray[np.float64], height: int, width: int, out_height: int, out_width: int
+) -> tuple[int, int, int, int]:
+    """Top, left, rows and columns of the level's part that an output shows, with a margin for filters and distortion.
+
+    At least one pixel, also where the output looks beside the level.
+    """
+    corners = np.array([[0, out_width, 0, out_width], [0, 0, out_height, out_height], [1, 1, 1, 1]])
+    seen = (matrix @ corners)[::-1]  # y, x
+    margin = _PATCH_MARGIN * max(out_height, out_width)
+    size = np.array([height, width])
+    start = np.clip(np.floor(seen.min(axis=1) - margin), 0, size - 1).astype(int)
+    end = np.clip(np.ceil(seen.max(axis=1) + margin), start + 1, size).astype(int)
+    rows, columns = (end - start).tolist()
+    return int(start[0]), int(start[1]), rows, columns
+
+
+def _affine(
+    middle: tuple[float, float], fit: float, out_height: int, out_width: int, draw: Draw, mirrored: bool
+) -> NDArray[np.float64]:
+    """The map that brings a point (y, x) of the level to the output's middle, at `fit` output pixels a level pixel."""
     radians = math.radians(draw.angle)
     cos, sin = math.cos(radians) / (draw.zoom * fit), math.sin(radians) / (draw.zoom * fit)
     flip_x = -1.0 if draw.hflip != mirrored else 1.0
@@ -213,7 +280,7 @@ def output_to_level(
     # y points down: a counter-clockwise turn as seen takes (x, y) to (x cos + y sin, -x sin + y cos); this undoes it.
     linear = np.array([[flip_x * cos, -flip_x * sin], [flip_y * sin, flip_y * cos]])
     centre = np.array([(0.5 + draw.shift_x) * out_width, (0.5 + draw.shift_y) * out_height])
-    offset = np.array([width / 2, height / 2]) - linear @ centre
+    offset = np.array(middle[::-1]) - linear @ centre
     return np.concatenate([linear, offset[:, None]], axis=1)
 
 

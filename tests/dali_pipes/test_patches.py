@@ -1,0 +1,121 @@
+"""Patches of a large level: where they lie, and that they are cut out of it and nothing else."""
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType
+
+from dali_pipes.loader import Loader
+from dali_pipes.pipelines import decode_region
+from dali_pipes.plan import Draw
+from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
+from dali_pipes.source import Source, output_to_patch, seen_region
+from preprocessing.errors import ConfigError
+from preprocessing.tiles import encode_level, read_level
+from tests.dali_pipes.stores import make_store, smooth
+
+CHANGED = AugmentSettings(grid=0.5, noise=0.0, blur=0.0, dropout=0.0)
+PLAIN = PipelineSettings(height=48, width=64, patch_level="full", clahe=ClaheSettings(enabled=False), mean=0, std=1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    sizes = ((300, 200), (120, 90), (40, 30))  # the last is smaller than a patch
+    return make_store(tmp_path_factory.mktemp("patches") / "store", count=9, sizes=sizes)
+
+
+def pictures(store, pipeline, train=False, **more):
+    arrays = {"arrays": more.pop("arrays")} if "arrays" in more else {}
+    settings = LoaderSettings(batch_size=3, val_batch_size=3, threads=2, **more)
+    with Loader(store, store.manifest, pipeline, settings, train=train, **arrays) as loader:
+        return torch.cat([batch["image"] for batch in loader.epoch(0)])
+
+
+def full(store, row):
+    return read_level(store.root / store.manifest["path_full"].iloc[row])
+
+
+def test_a_patch_without_changes_is_cut_out_of_the_middle_pixel_for_pixel(store):
+    found = pictures(store, PLAIN)
+    for row in (0, 3, 6):
+        level = full(store, row).astype(np.float64)
+        level = level[:, ::-1] if store.manifest["laterality"].iloc[row] == "R" else level
+        cut = np.clip((level[126:174, 68:132] - 2047.5) / 4095 + 0.5, 0, 1)
+        assert np.abs(found[row, 0].numpy() - cut).max() < 1e-5
+
+
+def test_a_level_smaller_than_the_patch_lies_in_its_middle(store):
+    found = pictures(store, PLAIN)[2, 0].numpy()
+    level = np.clip((full(store, 2).astype(np.float64) - 2047.5) / 4095 + 0.5, 0, 1)
+    assert np.abs(found[4:44, 17:47] - level).max() < 1e-5
+    assert np.isclose(found.sum(), found[4:44, 17:47].sum())
+
+
+def test_patches_read_from_tiles_arrays_and_cache_are_the_same_bits(store):
+    pipeline = PLAIN.model_copy(update={"augment": CHANGED})
+    tiles = pictures(store, pipeline, True)
+    assert torch.equal(tiles, pictures(store, pipeline, True, arrays=lambda row, _level: full(store, row)))
+    assert torch.equal(tiles, pictures(store, pipeline, True, cache="host"))
+    assert tiles.std(dim=(1, 2, 3)).min() > 0
+
+
+def test_what_lies_outside_the_region_read_is_not_missed(store):
+    """The warp of the region equals that of the whole level."""
+    pipeline = PLAIN.model_copy(update={"augment": CHANGED})
+    whole = Source(store, store.manifest, pipeline, arrays=lambda row, _level: full(store, row))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        draw = Draw(
+            angle=rng.uniform(-15, 15), zoom=rng.uniform(0.85, 1.15), patch_x=rng.random(), patch_y=rng.random(),
+            shift_x=rng.uniform(-0.06, 0.06), hflip=bool(rng.random() < 0.5),
+        )  # fmt: skip
+        matrix = output_to_patch(300, 200, 48, 64, draw, False)
+        top, left, rows, columns = seen_region(matrix, 300, 200, 48, 64)
+        assert whole.sample(0, draw)[0].picture.shape == (rows, columns, 1)
+        corners = matrix @ np.array([[0, 64, 0, 64], [0, 0, 48, 48], [1, 1, 1, 1]])
+        inside = np.clip(corners[::-1], [[0], [0]], [[300], [200]])
+        assert (inside >= [[top], [left]]).all()
+        assert (inside <= [[top + rows], [left + columns]]).all()
+
+
+def test_patches_come_from_all_over_the_level(store):
+    places = [output_to_patch(300, 200, 48, 64, Draw(patch_x=u, patch_y=u), False)[:, 2] for u in (0, 0.5, 1)]
+    assert np.allclose(places, [[0, 0], [68, 126], [136, 252]])
+
+
+def test_a_level_that_the_store_lacks_is_named(store):
+    with pytest.raises(ConfigError, match=r"patch_level = '4096'.*full, 128, 64"):
+        pictures(store, PLAIN.model_copy(update={"patch_level": "4096"}))
+
+
+@pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw"])
+def test_of_a_large_level_the_tiles_that_a_region_touches_are_decoded_and_no_others(codec):
+    """Every other tile is overwritten: whoever decodes one fails, or gives another picture."""
+    level = smooth(1024, 1024, 0)
+    encoded = np.frombuffer(encode_level(level, codec), np.uint8).copy()
+    with tifffile.TiffFile(io.BytesIO(encoded.tobytes())) as tiff:
+        page = tiff.pages.first
+        for tile, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
+            if tile not in (5, 6):  # of four in a row: those of columns 256 to 767 in rows 256 to 511
+                encoded[offset : offset + count] = 255
+    assert np.array_equal(decoded(encoded, (260, 300, 240, 400)), level[260:500, 300:700])
+    with pytest.raises(RuntimeError):
+        decoded(encoded, (0, 0, 1024, 1024))
+
+
+def decoded(encoded, region):
+    """A region of a file, through DALI."""
+    pipeline = Pipeline(1, 1, device_id=None, exec_dynamic=True)
+    where = np.array(region, np.int32)
+    with pipeline:
+        tile = fn.external_source(source=lambda: [encoded], batch=True, dtype=DALIDataType.UINT8, ndim=1)
+        start = fn.external_source(source=lambda: [where], batch=True, dtype=DALIDataType.INT32, ndim=1)
+        pipeline.set_outputs(decode_region(tile, start, "cpu"))
+    pipeline.build()
+    (output,) = pipeline.run()
+    return np.array(output.at(0))[..., 0]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jinja2
 import numpy as np
 import pandas as pd
 
-from preprocessing import tiles
 from preprocessing.errors import StoreError
-from preprocessing.manifest import Store, level_column, open_store, write_atomically
-from training import evaluate, figures, metrics, runs
+from preprocessing.manifest import Store, open_store, write_atomically
+from training import evaluate, figures, metrics, report_pictures, runs
 from training.config import dump
 from training.runs import FoldRun, Run
 
 MOST_IN_FULL = 4  # runs shown with all their figures; of further ones there is the table that compares them
-THUMBNAIL = 260  # longest side of a picture in pixels
-CASES = 6
 RESAMPLES = 500
 
 
@@ -45,7 +40,10 @@ def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
     environment.filters["figure"] = _number
     source = resources.files("training").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
-        runs=described, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), comparison=_comparison(described)
+        runs=described,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        comparison=_comparison(described),
+        compared=_compared(described),
     )
     out = out or opened[0].root / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +56,7 @@ def _describe(run: Run, full: bool) -> dict[str, Any]:
     judged = any((fold.folder / runs.VALIDATION).is_file() for fold in run.folds)
     result = _metrics(run) if judged else None
     described: dict[str, Any] = {
-        "name": run.root.name,
+        "name": _name(run.root),
         "root": str(run.root),
         "folds": [{"fold": f.fold, "finished": f.finished, "epochs": len(f.records("epoch"))} for f in run.folds],
         "metrics": result,
@@ -77,11 +75,12 @@ def _describe(run: Run, full: bool) -> dict[str, Any]:
         store = _store(run)
         described |= {
             "curves": _curves(run),
-            "ranking": _ranking(breasts) if breasts is not None else [],
+            "ranking": _ranking(breasts, result["threshold"]["value"]) if breasts is not None and result else [],
+            "breasts": breasts,
             "thresholds": _thresholds(breasts) if breasts is not None else [],
             "timelines": _timelines(run),
             "data": _data(store, frame),
-            "cases": _cases(store, frame) if store is not None and frame is not None else [],
+            "cases": report_pictures.cases(run, store, frame) if store is not None and frame is not None else [],
         }
     return described
 
@@ -148,16 +147,32 @@ def _points(fold: FoldRun, key: str) -> tuple[list[float], list[float]]:
     return [record["epoch"] + 1 for record in records], [record[key] for record in records]
 
 
-def _ranking(breasts: pd.DataFrame) -> list[str]:
+def _name(root: Path) -> str:
+    """A run's folder; with its parent where it is called `runs`, as the demo's is."""
+    root = root.resolve()
+    return f"{root.parent.name}/{root.name}" if root.name == "runs" else root.name
+
+
+def _ranking(breasts: pd.DataFrame, threshold: float) -> list[str]:
     known = breasts[breasts["cancer"].notna()]
     labels, scores = known["cancer"].to_numpy(np.float64), known["prediction"].to_numpy(np.float64)
+    at = metrics.confusion(labels, scores, threshold)
+    counts = [[at["true_negatives"], at["false_positives"]], [at["false_negatives"], at["true_positives"]]]
     drawn = [figures.histogram("Predictions by class", labels, scores)]
     if 0 < labels.sum() < len(labels):
-        everything = {"out of fold": scores}
-        drawn += [
-            figures.roc("ROC", labels, everything),
-            figures.precision_recall("Precision and recall", labels, everything),
+        curves = {"out of fold": (labels, scores)}
+        of_roc, of_precision = figures.bands(labels, scores, known["patient_id"].to_numpy(str))
+        cuts = np.unique(np.quantile(scores, np.linspace(0, 1, 80)))
+        at_cuts = [metrics.confusion(labels, scores, cut) for cut in cuts]
+        names = {"sensitivity": "sensitivity", "specificity": "specificity", "pf1": "pF1"}
+        by_cut = {label: (cuts.tolist(), [row[key] for row in at_cuts]) for key, label in names.items()}
+        drawn = [
+            figures.roc("ROC", curves, of_roc),
+            figures.precision_recall("Precision and recall", curves, of_precision),
+            figures.confusion("Confusion at the chosen threshold", np.array(counts, dtype=int)),
             figures.calibration("Calibration", labels, scores),
+            drawn[0],
+            figures.lines("What a threshold gives", by_cut, "threshold", "", marker="", width=4.2, height=3.8),
         ]
     return drawn
 
@@ -225,66 +240,16 @@ def _data(store: Store | None, frame: pd.DataFrame | None) -> dict[str, Any]:
     rejected: list[dict[str, Any]] = []
     if store is not None:
         rejected = [{"reason": k, "number": int(v)} for k, v in store.rejected["reason"].value_counts().items()]
-    samples = [_thumbnail(store, row) for _, row in rows.iloc[_spread(len(rows), 8)].iterrows()] if store else []
-    return {"counts": counts, "balance": balance, "rejected": rejected, "samples": [s for s in samples if s]}
+    samples = report_pictures.samples(store, rows) if store is not None else []
+    return {"counts": counts, "balance": balance, "rejected": rejected, "samples": samples}
 
 
 def _balance(rows: pd.DataFrame, column: str, title: str) -> str:
     values = rows[column].fillna("unknown").astype(str).replace({"": "unknown"}).str.removesuffix(".0")
     counts = pd.crosstab(values, rows["cancer"].map({0.0: "without cancer", 1.0: "with cancer"}))
+    counts = counts.reindex(columns=["without cancer", "with cancer"], fill_value=0)
     bars = {str(name): {str(k): float(v) for k, v in part.items()} for name, part in counts.iterrows()}
     return figures.stacked_bars(title, dict(list(bars.items())[:24]), "pictures")
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    return sorted({int(i) for i in np.linspace(0, count - 1, wanted)}) if count else []
-
-
-def _cases(store: Store, frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The pictures that the models judged best and worst, by their out-of-fold prediction."""
-    positives = frame[frame["cancer"] == 1].sort_values("prediction", ascending=False)
-    negatives = frame[frame["cancer"] == 0].sort_values("prediction", ascending=False)
-    groups = (
-        ("Cancers found with the most confidence", positives.head(CASES)),
-        ("Cancers missed", positives.tail(CASES)[::-1]),
-        ("Healthy pictures called most suspicious", negatives.head(CASES)),
-    )
-    rows = store.manifest.set_index("image_id", drop=False)
-    described = []
-    for title, chosen in groups:
-        pictures = []
-        for _, case in chosen.iterrows():
-            if case["image_id"] in rows.index:
-                picture = _thumbnail(store, rows.loc[case["image_id"]])
-                if picture:
-                    picture["caption"] += f", prediction {case['prediction']:.3f}"
-                    pictures.append(picture)
-        if pictures:
-            described.append({"title": title, "pictures": pictures})
-    return described
-
-
-def _thumbnail(store: Store, row: pd.Series) -> dict[str, str] | None:
-    """A small picture, windowed over the breast's percentiles, as a data URI; None where its tile cannot be read."""
-    level = store.levels[-1]
-    try:
-        values = tiles.read_level(store.root / row[level_column("path", level)]).astype(np.float32)
-    except (OSError, ValueError, tiles.TileError):
-        return None
-    low, high = float(row["percentile_low"]), float(row["percentile_high"])
-    shown = (np.clip((values - low) / max(high - low, 1), 0, 1) * 255).astype(np.uint8)
-    scale = THUMBNAIL / max(shown.shape)
-    if scale < 1:
-        size = (max(1, round(shown.shape[1] * scale)), max(1, round(shown.shape[0] * scale)))
-        shown = cv2.resize(shown, size, interpolation=cv2.INTER_AREA)
-    encoded = cv2.imencode(".jpg", shown, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    label = {0.0: "no cancer", 1.0: "cancer"}.get(float(row["cancer"]), "label unknown")
-    caption = " ".join(part for part in (str(row["laterality"]), str(row["view"])) if part)
-    return {
-        "uri": "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode(),
-        "caption": f"{caption or 'view unknown'}, {label}",
-        "image": str(row["image_id"]),
-    }
 
 
 def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -304,6 +269,32 @@ def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _compared(described: list[dict[str, Any]]) -> list[str]:
+    """Figures that lay several runs over one another."""
+    if len(described) < 2:
+        return []
+    drawn = []
+    values = {}
+    for run in described:
+        breast = (run["metrics"] or {}).get("breast", {})
+        ends = breast.get("intervals", {}).get("auroc")
+        if breast.get("auroc") is not None and ends:
+            values[run["name"]] = (breast["auroc"], *ends)
+    if values:
+        drawn.append(figures.intervals("AUROC per breast, 95 % intervals", values, "AUROC"))
+    curves = {}
+    for run in described:
+        breasts: pd.DataFrame | None = run.get("breasts")
+        if breasts is None:
+            continue
+        known = breasts[breasts["cancer"].notna()]
+        if 0 < known["cancer"].sum() < len(known):
+            curves[run["name"]] = known["cancer"].to_numpy(float), known["prediction"].to_numpy(float)
+    if curves:
+        drawn += [figures.roc("ROC of the runs", curves), figures.precision_recall("Precision of the runs", curves)]
+    return drawn
 
 
 def _number(value: Any, digits: int = 3) -> str:

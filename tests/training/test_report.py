@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_curve
 
 from preprocessing.errors import RunError
-from training import report, runs
+from training import figures, report, runs
 from training.config import dump, load_config
 
 
@@ -143,3 +144,24 @@ def test_ids_with_markup_are_shown_as_text(tmp_path):
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     with pytest.raises(RunError, match="no trained fold"):
         report.write_report([tmp_path])
+
+
+def test_bands_hold_the_curve_and_narrow_with_more_patients():
+    generator = np.random.default_rng(3)
+    widths = []
+    for count in (60, 2000):
+        labels = (np.arange(count) % 2).astype(float)
+        scores = labels + generator.normal(0, 1.5, count)
+        grid, low, high = figures.bands(labels, scores, np.arange(count), resamples=60)[0]
+        false_positive, true_positive, _ = roc_curve(labels, scores)
+        inner = np.interp(grid, false_positive, true_positive)[10:90]
+        assert np.mean((low[10:90] <= inner) & (inner <= high[10:90])) > 0.95
+        widths.append(float(np.mean(high - low)))
+    assert widths[1] < widths[0] / 3
+
+
+def test_several_runs_lie_over_one_another(tmp_path):
+    found = [make_run(tmp_path / name, folds=1) for name in ("one", "two")]
+    text = Page(report.write_report(found, tmp_path / "both.html")).text
+    assert "2 of 2 runs can be judged" in text
+    assert 'aria-label="ROC of the runs"' in text

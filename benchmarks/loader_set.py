@@ -79,7 +79,7 @@ def prepare(store: Store, scratch: Path, count: int) -> Benchmarked:
         picture = _full_size(read_level(store.root / facts[level_column("path", store.levels[0])]), number)
         levels = build_levels(picture, ("1024", str(SIDE)))
         small = levels[str(SIDE)]
-        exposure = Exposure(f"p{number}", f"i{number}", str(facts["laterality"] or "L"), "CC", 60, False, 0.07, 0)
+        exposure = Exposure(str(number), str(1000 + number), str(facts["laterality"] or "L"), "CC", 60, False, 0.07, 0)
         found.dicom.append(scratch / f"{number}.dcm")
         found.dicom[-1].write_bytes(write(picture, MACHINES[0], exposure))
         found.png8.append(scratch / f"{number}.png")

@@ -283,6 +283,7 @@ def main(
 ) -> None:
     """Measure and show."""
     threads = threads or len(os.sched_getaffinity(0))
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the one inside DALI warns of each codestream without colours
     place = "cuda" if device == "gpu" else "cpu"
     if device == "gpu" and not torch.cuda.is_available():
         raise click.ClickException("--device gpu: torch sees no GPU here.")

@@ -129,7 +129,7 @@ def _tissue(field: Image) -> Mask | None:
     noise = 1.4826 * float(np.median(np.abs(level))) if level.size else 0.0
     reach = float(np.percentile(sample, 99.5))
     seed = above > max(4 * noise, 0.03 * reach)
-    edge = above > max(2.5 * noise, 0.012 * reach)
+    edge = above > max(3 * noise, 0.004 * reach)  # a nipple on film can be as faint
     return _pieces(_opened(seed), edge)
 
 
@@ -200,8 +200,10 @@ def _pieces(mask: Mask, edge: Mask) -> Mask:
     largest = areas[tissue].max()
     wanted = 1 + np.flatnonzero(tissue & (areas >= _PART_SHARE * largest))
     found = np.isin(labels, wanted)
-    near = cv2.dilate(found.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (13, 13))) > 0
-    return found | (near & edge)
+    near = cv2.dilate(found.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (51, 51)))
+    around = cv2.morphologyEx(edge.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) & near
+    _, labels = cv2.connectedComponents(((around > 0) | found).astype(np.uint8))
+    return np.isin(labels, np.unique(labels[found]))
 
 
 def _reach_over_strips(mask: Mask, field: tuple[slice, slice]) -> Mask:

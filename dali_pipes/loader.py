@@ -22,6 +22,7 @@ from dali_pipes.cache import LevelCache, shared_cache
 from dali_pipes.mixing import mix_batch
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Mix, Plan
+from dali_pipes.sampling import hard_rows, row_weights
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Fault, Sample, Source
 from preprocessing.errors import StoreError
@@ -75,7 +76,8 @@ class Loader:
         arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
     ) -> None:
         self._labels = rows["cancer"].to_numpy(np.float32)
-        self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size)
+        weights, hard = (row_weights(rows, loader), hard_rows(rows, loader)) if train else (None, None)
+        self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size, weights, hard)
         self._open_source = partial(Source, store, rows, pipeline, arrays)
         self._settings, self._pipeline_settings = loader, pipeline
         self._device = torch.device(device)

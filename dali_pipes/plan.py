@@ -85,6 +85,8 @@ class Plan:
         train: shuffle, balance and augment; otherwise rows come in their own order, once each, unchanged.
         augment: strengths of the changes; None for none.
         rank, world_size: this process's share.
+        weights: of each row, above 0, for weighted sampling; without them the classes are as likely as each other.
+        hard: negatives to show more often, bool, one a row.
     """
 
     def __init__(
@@ -96,8 +98,11 @@ class Plan:
         augment: AugmentSettings | None = None,
         rank: int = 0,
         world_size: int = 1,
+        weights: NDArray[np.float64] | None = None,
+        hard: NDArray[np.bool_] | None = None,
     ) -> None:
         positive = np.asarray(labels) == 1
+        self._weights, self._hard = weights, np.zeros(len(positive), bool) if hard is None else hard & ~positive
         self._positives, self._negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
         self._is_positive = positive
         self.settings, self.seed, self.train = settings, seed, train
@@ -126,7 +131,7 @@ class Plan:
             return self._weighted(rng)
         if self.settings.sampling == "balanced" and len(self._positives) and len(self._negatives):
             return self._balanced(rng)
-        return _cycled(np.arange(len(self._is_positive)), self.samples, rng)
+        return self._taken(np.arange(len(self._is_positive)), self.samples, rng)
 
     def places(self, step: int) -> NDArray[np.int64]:
         """Places in the epoch's order that this rank's batch `step` holds.
@@ -241,16 +246,33 @@ class Plan:
         order = np.empty(total, np.int64)
         taken = np.zeros(total, bool)
         taken[slots] = True
-        order[taken] = _cycled(self._positives, wanted, rng)
-        order[~taken] = _cycled(self._negatives, total - wanted, rng)
+        order[taken] = self._taken(self._positives, wanted, rng)
+        order[~taken] = self._drawn_negatives(total - wanted, rng)
         return order
 
+    def _drawn_negatives(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Negatives of a balanced epoch: the hard ones have their share of it."""
+        hard, others = (self._negatives[self._hard[self._negatives] == which] for which in (True, False))
+        if not len(hard) or not len(others):
+            return self._taken(self._negatives, count, rng)
+        many = round(self.settings.hard_negative_share * count)
+        both = np.concatenate([self._taken(hard, many, rng), self._taken(others, count - many, rng)])
+        return rng.permutation(both)
+
+    def _taken(self, rows: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """So many of the rows; without replacement none comes twice more often than another."""
+        if self.settings.replacement:
+            return rng.choice(rows, count).astype(np.int64)
+        return _cycled(rows, count, rng)
+
     def _weighted(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """With replacement, each class as likely as the other."""
-        weights = np.ones(len(self._is_positive))
-        for part in (self._positives, self._negatives):
-            if len(part):
-                weights[part] /= len(part)
+        """With replacement, by weight; without weights each class as likely as the other."""
+        weights = self._weights
+        if weights is None:
+            weights = np.ones(len(self._is_positive))
+            for part in (self._positives, self._negatives):
+                if len(part):
+                    weights[part] /= len(part)
         return rng.choice(len(weights), self.samples, p=weights / weights.sum()).astype(np.int64)
 
     def _grid(self, epoch: int, place: int, settings: AugmentSettings) -> NDArray[np.float32]:

@@ -117,6 +117,19 @@ class LoaderSettings(_Settings):
         default="balanced", description="How training samples are drawn."
     )
     positive_share: float = Field(default=0.5, gt=0, lt=1, description="Share of positive samples in a balanced epoch.")
+    replacement: bool = Field(default=False, description="Draw each training sample anew, so that some come twice.")
+    weight_column: str | None = Field(
+        default=None,
+        description="Column of the source CSV with each image's weight, for sampling = 'weighted'; without it the two "
+        "classes are as likely as each other.",
+    )
+    hard_negatives: str | None = Field(
+        default=None,
+        description="CSV file whose image_id column lists negatives to show more often in a balanced epoch.",
+    )
+    hard_negative_share: float = Field(
+        default=0.5, gt=0, lt=1, description="Share of a balanced epoch's negatives that comes from that list."
+    )
     epoch_samples: int | None = Field(
         default=None, ge=1, description="Samples an epoch; without it as many as there are images."
     )

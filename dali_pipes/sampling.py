@@ -1,0 +1,52 @@
+"""What the settings say of single rows: weights from a column, hard negatives from a list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dali_pipes.settings import LoaderSettings
+from preprocessing.errors import InputError
+
+
+def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.float64] | None:
+    """Each row's weight, float64 above 0; None where none are asked for.
+
+    Raises:
+        InputError: the manifest has no such column, or it holds something else than numbers above 0.
+    """
+    column = settings.weight_column
+    if column is None or settings.sampling != "weighted":
+        return None
+    if column not in rows:
+        raise InputError(
+            f"data.loader.weight_column = {column}: the manifest has no such column. Add it to the CSV, convert again."
+        )
+    weights = pd.to_numeric(rows[column], errors="coerce").to_numpy(np.float64)
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights > 0)))
+    if len(bad):
+        raise InputError(
+            f"data.loader.weight_column = {column}: expected numbers above 0, found {rows[column].iloc[bad[0]]!r} for "
+            f"image {rows['image_id'].iloc[bad[0]]}. Mend the CSV and convert again."
+        )
+    return weights
+
+
+def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_] | None:
+    """Which rows the list of hard negatives names, bool; None without a list. Others in it are passed over.
+
+    Raises:
+        InputError: there is no such file, or it has no column image_id.
+    """
+    if settings.hard_negatives is None:
+        return None
+    path = Path(settings.hard_negatives)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; data.loader.hard_negatives expects a CSV with a column image_id.")
+    listed = pd.read_csv(path, dtype=str)
+    if "image_id" not in listed:
+        raise InputError(f"{path}: expected a column image_id, found {', '.join(map(str, listed.columns))}.")
+    return rows["image_id"].isin(set(listed["image_id"])).to_numpy()

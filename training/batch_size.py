@@ -54,7 +54,7 @@ def find_batch_size(config: Config, device: torch.device, samples: int, world: W
 
 @contextmanager
 def memory_advice(config: Config) -> Iterator[None]:
-    """Turn an out-of-memory error into a `RunError` that says what to lower."""
+    """Turn running out of memory, and a model that does not compile, into a `RunError` that says what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -62,6 +62,12 @@ def memory_advice(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's CPU allocator
             raise RunError(_advice(config)) from error
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            first = str(error).strip().splitlines()[0][:200]
+            raise RunError(
+                f"model.compile = true: torch could not compile {config.model.backbone} here ({first}); mend "
+                "its compiler (--traceback shows what it said), or set model.compile=false."
+            ) from error
         raise
 
 

@@ -67,6 +67,17 @@ def test_out_of_memory_says_what_to_lower(error):
         raise error
 
 
+def test_a_model_that_does_not_compile_says_what_to_set():
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    with (
+        pytest.raises(RunError, match=r"could not compile resnet10t .*C\+\+ compile error.*model\.compile=false"),
+        batch_size.memory_advice(fakes.small_config("model.compile=true")),
+    ):
+        raise InductorError("CppCompileError: C++ compile error\nmany lines")
+
+
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="shapes"), batch_size.memory_advice(fakes.small_config()):
         raise RuntimeError("shapes do not fit")

@@ -1,5 +1,9 @@
 import gc
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -289,3 +293,33 @@ def test_a_damaged_tile_is_found_with_a_cache_too(tmp_path):
     other = make_store(tmp_path / "store", count=6)
     flipped(path_of(other, 3), 1000)
     assert joined(batches(other, train=False, cache="host"), "ok").tolist() == [True] * 3 + [False] + [True] * 2
+
+
+FOREVER = """
+import sys
+from dali_pipes.loader import Loader
+from dali_pipes.settings import LoaderSettings, PipelineSettings
+from preprocessing.manifest import open_store
+
+store = open_store(sys.argv[1])
+settings = LoaderSettings(batch_size=4, threads=2, cache="host")
+with Loader(store, store.manifest, PipelineSettings(height=64, width=64), settings) as loader:
+    for epoch in range(10**6):
+        for batch in loader.epoch(epoch):
+            print("batch", flush=True)
+"""
+
+
+def test_a_killed_loader_leaves_no_process_and_no_shared_memory(store):
+    def shared():
+        return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+
+    before = shared()
+    with subprocess.Popen([sys.executable, "-c", FOREVER, store.root], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "batch\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        mine = {name for name in shared() - before if str(process.pid) in name}
+        process.kill()
+    assert children == []
+    assert mine == set()
+    assert process.returncode == -signal.SIGKILL

@@ -201,8 +201,9 @@ def _pieces(mask: Mask, edge: Mask) -> Mask:
     wanted = 1 + np.flatnonzero(tissue & (areas >= _PART_SHARE * largest))
     found = np.isin(labels, wanted)
     near = cv2.dilate(found.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (51, 51)))
-    around = cv2.morphologyEx(edge.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) & near
-    _, labels = cv2.connectedComponents(((around > 0) | found).astype(np.uint8))
+    clean = cv2.morphologyEx(edge.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    around = np.asarray(clean, bool) & np.asarray(near, bool)
+    _, labels = cv2.connectedComponents((around | found).astype(np.uint8))
     return np.isin(labels, np.unique(labels[found]))
 
 

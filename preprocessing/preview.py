@@ -45,7 +45,8 @@ def draw_gallery(store: str | Path, png: str | Path, images: str | Path | None =
     rows = _chosen(opened.manifest, count)
     if rows.empty:
         raise StoreError(f"{store}: holds no pictures to draw.")
-    cells = [_cell(row, folder, opened) for row in rows.to_dict("records")]
+    records: Any = rows.to_dict("records")
+    cells = [_cell(row, folder, opened) for row in records]
     blank = np.zeros_like(cells[0])
     columns = min(_COLUMNS, len(cells))
     cells += [blank] * (-len(cells) % columns)

@@ -239,7 +239,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     """The table, its plot, and the ratios."""
     table = Table(title=f"Loader, {SIDE}×{SIDE}, batches of {BATCH}, {found['machine']['cores']} cores")
     table.add_column("", no_wrap=True)
-    for name in ("images/s", "CPU ms", "first s", "MiB"):
+    for name in ("img/s", "CPU ms", "first s", "MiB"):
         table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)  # the plot
     most = max(row["images_per_s"] for row in found["rows"] if not row["name"].startswith("floor"))

@@ -155,7 +155,11 @@ def _outcome(out):
     fold = runs.open_run(out).folds[0]
     state, _ = checkpoint.newest(fold.folder / "checkpoints")
     records = [
-        {key: value for key, value in record.items() if key not in ("seconds", "images_per_s", "wait_share")}
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ("seconds", "images_per_s", "wait_share", "memory_mb")
+        }
         for record in fold.records("epoch")
     ]
     return state, load_file(fold.best), records, (fold.folder / "validation.csv").read_bytes()
@@ -187,7 +191,8 @@ def uninterrupted(tmp_path_factory):
 
 # Steps 1 to 6 are the first epoch's: mid-epoch, between checkpoints, in a save (weights there, JSON not), at an end.
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [("step 3",), ("step 9", "save 1"), ("save 2",), ("epoch-end 1", "step 1")])
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("moments", [("step 3", "step 9"), ("save 2",), ("epoch-end 1", "save 1")])
 def test_a_killed_run_ends_bit_equal_to_one_left_alone(uninterrupted, tmp_path, moments):
     for moment in moments:
         done = _train(uninterrupted / "store", tmp_path, kill_at=moment)
@@ -198,6 +203,7 @@ def test_a_killed_run_ends_bit_equal_to_one_left_alone(uninterrupted, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("resume")
 def test_sigterm_saves_where_it_stands_and_resuming_ends_bit_equal(uninterrupted, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW": "0.05"}
     store = str(uninterrupted / "store")

@@ -89,7 +89,15 @@ def to_bytes(grey: Grey) -> NDArray[Any]:
 
 
 def clahe(picture: NDArray[Any], settings: ClaheSettings) -> NDArray[Any]:
-    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994), uint8 to uint8."""
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994), uint8 to uint8.
+
+    8 bits are the only form, by measurement on 512-pixel levels, one thread, all in turns. The same tables read between
+    their 256 entries (grey not rounded before) give 41,000 levels instead of 247, but values that differ by 0.54 / 255
+    in the mean and 2.3 / 255 at most, for 20 times the time (12 ms against 0.6), more than all steps of a sample
+    together. OpenCV on uint16 takes 25 times the time and is another operation: a tile has fewer pixels than the 65536
+    bins that the limit is spread over, so that limits of 0.5 to 20 give equal pictures
+    (5.2 / 255 in the mean, 49 at most).
+    """
     return cv2.createCLAHE(settings.clip_limit, (settings.grid, settings.grid)).apply(picture)
 
 

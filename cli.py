@@ -5,6 +5,7 @@ Nothing heavy is imported here: a command imports what it needs when it is calle
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def _fold_numbers(text: str) -> list[int] | None:
 @click.option("--out", type=_PATH, default=RUN, show_default=True, help="Run folder; fold K is written to its foldK.")
 @_config
 @_set
+@click.option("--batch-size", default=None, metavar="N|auto", help="Samples a step; auto finds the most that fit.")
 @click.option("--debug", is_flag=True, help="A subset of the data and few steps, to see that everything runs.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run where it stopped.")
 @_device
@@ -245,6 +247,7 @@ def train(
     out: Path,
     config_source: str | None,
     overrides: tuple[str, ...],
+    batch_size: str | None,
     debug: bool,
     resume: bool,
     device: str | None,
@@ -255,10 +258,14 @@ def train(
 
     if device:
         overrides = (*overrides, f"train.device={device}")
+    if batch_size:
+        name = "train.auto_batch=true" if batch_size == "auto" else f"data.loader.batch_size={batch_size}"
+        overrides = (*overrides, name)
     config = load_config(config_source, overrides, debug)
     with _console(ctx, out) as console:
         for summary in train_folds(config, store, _fold_numbers(fold), out, resume=resume, console=console):
-            click.echo(summary)
+            if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+                click.echo(summary)
 
 
 @main.command()

@@ -19,7 +19,7 @@ _VIEWS = {"rcc": ("R", "CC"), "lcc": ("L", "CC"), "rmlo": ("R", "MLO"), "lmlo": 
 _CASES = (("benign", 0), ("malign", 1))
 
 
-def demo_job(out: Path, console: Console, patients: int = 36, seed: int = 0) -> Job:
+def demo_job(out: Path, console: Console, patients: int = 48, seed: int = 0) -> Job:
     """Lay out the demo's data under `out`/data, once, and return the job that `run_all` does on it.
 
     Raises:
@@ -37,7 +37,7 @@ def demo_job(out: Path, console: Console, patients: int = 36, seed: int = 0) -> 
         test_images=data / "synthetic" / "test_images",
         test_table=data / "synthetic" / "test.csv",
         store=out / "store",
-        run=out / "runs",
+        run=out / "runs" / "demo",
         submission=out / "submission.csv",
         report=out / "report.html",
         config=load_config("demo"),

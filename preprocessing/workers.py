@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import TimeoutError as TimedOut
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,6 +31,7 @@ from preprocessing.errors import InputError
 Task = Any
 _NEIGHBOURS = 8  # files before an unexplained crash that are done again
 _IN_FLIGHT = 4  # tasks a worker thread that wait on a cluster
+_BROKEN_TRIES = 3  # times that a process may die unheard before its file is given up
 _DEATHS = 3  # times that a cluster may lose the machine under one file before the file is given up
 
 
@@ -72,7 +74,10 @@ class Sandbox:
         """The task's outcome, and before it those of earlier tasks that turned out differently when done again."""
         try:
             outcome = self._attempt(self._pool, task)
-        except ProcessExpired:
+        except (ProcessExpired, BrokenProcessPool) as crash:
+            if isinstance(crash, BrokenProcessPool):
+                self.close()
+                self._pool = self._fresh()
             outcome = self._alone(task)
             if outcome.failure is not None:
                 self._recent.clear()
@@ -91,7 +96,10 @@ class Sandbox:
 
     def _attempt(self, pool: ProcessPool, task: Task) -> Outcome:
         start = time.perf_counter()
-        future = pool.schedule(self._function, args=(task,), timeout=self._limits.timeout_s)
+        try:
+            future = pool.schedule(self._function, args=(task,), timeout=self._limits.timeout_s)
+        except RuntimeError as error:  # the pool broke while it stood idle
+            raise BrokenProcessPool(str(error)) from None
         try:
             return Outcome(task, future.result(), seconds=time.perf_counter() - start)
         except TimedOut:
@@ -100,14 +108,19 @@ class Sandbox:
             return Outcome(task, failure=Failure("memory", f"needs more than {self._limits.memory_mb} MiB"))
 
     def _alone(self, task: Task) -> Outcome:
-        pool = self._fresh()
-        try:
-            return self._attempt(pool, task)
-        except ProcessExpired as crash:
-            return Outcome(task, failure=Failure("crash", f"its process ended with {_ending(crash.exitcode)}"))
-        finally:
-            pool.stop()
-            pool.join()
+        # A process that dies before the pool has heard that it took the task breaks the pool without an exit code.
+        for _ in range(_BROKEN_TRIES):
+            pool = self._fresh()
+            try:
+                return self._attempt(pool, task)
+            except ProcessExpired as crash:
+                return Outcome(task, failure=Failure("crash", f"its process ended with {_ending(crash.exitcode)}"))
+            except BrokenProcessPool:
+                continue
+            finally:
+                pool.stop()
+                pool.join()
+        return Outcome(task, failure=Failure("crash", f"its process died at once, {_BROKEN_TRIES} times"))
 
     def _fresh(self) -> ProcessPool:
         # A fork of this process would inherit its threads' locks; the fork server has imported the code and no more.

@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
 
@@ -111,3 +113,26 @@ def test_tasks_are_drawn_as_they_are_needed() -> None:
 
 def test_available_cores_respects_the_affinity() -> None:
     assert workers.available_cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("breaks", [1, 100])
+def test_a_pool_that_breaks_before_it_knows_its_task_costs_that_task_at_most(monkeypatch, breaks):
+    """The race in which a worker dies before the pool has heard that it took the task, played out on purpose."""
+    schedule, left = workers.ProcessPool.schedule, [breaks]
+
+    def broken(pool, function, args, timeout):
+        if args[0][1] == 2 and left[0]:
+            left[0] -= 1
+            future = Future()
+            future.set_exception(BrokenProcessPool("All workers expired"))
+            return future
+        return schedule(pool, function, args=args, timeout=timeout)
+
+    monkeypatch.setattr(workers.ProcessPool, "schedule", broken)
+    outcomes = {outcome.task[1]: outcome for outcome in run_local(work, [("good", n) for n in range(5)], 1, LIMITS)}
+    assert {n: o.result for n, o in outcomes.items() if n != 2} == {0: 0, 1: 1, 3: 9, 4: 16}
+    if breaks == 1:
+        assert outcomes[2].result == 4
+    else:
+        assert outcomes[2].failure is not None
+        assert outcomes[2].failure.reason == "crash"

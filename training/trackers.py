@@ -42,7 +42,7 @@ class MLflowTracker(Tracker):
 
     def __init__(self, name: str, parameters: Mapping[str, Any]) -> None:
         try:
-            import mlflow
+            import mlflow  # pyright: ignore[reportMissingImports] - an extra
         except ImportError:
             raise ConfigError("monitor.mlflow: needs MLflow; install it with: pip install mlflow-skinny") from None
         self._mlflow = mlflow

@@ -12,8 +12,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from preprocessing.errors import RunError
-from training.build import pick_precision
 from training.config import Config
+from training.device import pick_precision
 from training.distributed import World
 from training.model import EveryHead, build_model
 

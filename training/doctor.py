@@ -171,7 +171,7 @@ def _decoder(machine: Any) -> Check:
 
 
 def _device() -> Check:
-    from training.build import pick_device
+    from training.device import pick_device
 
     device = pick_device("auto")
     return Check("device used", str(device) if device.type == "cuda" else "cpu (training will be slow)")

@@ -24,7 +24,7 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import metrics, runs
-from training.build import pick_device, pick_precision
+from training.device import pick_device, pick_precision
 from training.model import MammoModel
 from training.runs import FoldRun
 

@@ -15,8 +15,8 @@ from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store
 from training import folds, runs
 from training.batch_size import find_batch_size, memory_advice
-from training.build import pick_device
 from training.config import Config, DataSettings
+from training.device import pick_device
 from training.distributed import World, world
 from training.session import FitSummary, Session
 

@@ -16,8 +16,9 @@ from torch import nn
 from preprocessing.errors import ConfigError, InputError, RunError
 from tests.training import fakes
 from training import fit, folds, metrics, runs, session
-from training.build import build_parts, build_schedule, pick_device, pick_precision
+from training.build import build_parts, build_schedule
 from training.config import TrainSettings, load_config
+from training.device import pick_device, pick_precision
 from training.distributed import World
 from training.loop import Position, step_seed, train_epoch, validate
 

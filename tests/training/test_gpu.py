@@ -9,7 +9,8 @@ from preprocessing.errors import RunError
 from tests.training import fakes
 from training import fit, runs
 from training.batch_size import find_batch_size
-from training.build import build_parts, pick_device, pick_precision
+from training.build import build_parts
+from training.device import pick_device, pick_precision
 from training.distributed import World
 from training.loop import Position, train_epoch
 

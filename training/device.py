@@ -1,0 +1,45 @@
+"""Which device and precision a setting means on this machine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from preprocessing.errors import ConfigError
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `train.device` means; 'auto' is the process's own GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    index = int(name.partition(":")[2] or rank) if name != "auto" else rank
+    if index >= count:
+        raise ConfigError(
+            f"train.device = {name}: torch finds {count} NVIDIA GPU(s) here; use --set train.device=auto, or see: "
+            "python cli.py doctor"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that `train.precision` means on a device.
+
+    Raises:
+        ConfigError: fp16 on a CPU, whose convolutions have none.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.float32
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError("train.precision = fp16: it needs a GPU; use fp32, bf16 or auto.")
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]

@@ -285,6 +285,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 
 @main.command()
 @click.option("--runs", type=_PATH, multiple=True, help=f"Run folders to average; repeatable.  [default: {RUN}]")
+@click.option("--model", type=_PATH, default=None, metavar="ONNX", help="Instead of runs, a model that export wrote.")
 @click.option("--store", type=_PATH, default=None, help="Predict the pictures of a store.")
 @click.option(
     "--images", type=_PATH, default=None, help=f"Predict a folder of pictures.  [default: {RSNA}/test_images]"
@@ -300,6 +301,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 def predict(
     ctx: click.Context,
     runs: tuple[Path, ...],
+    model: Path | None,
     store: Path | None,
     images: Path | None,
     table: Path | None,
@@ -322,8 +324,9 @@ def predict(
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
     with _console(ctx) as console, console.progress("Predicting", unit="images") as advance:
         summary = prediction.predict(
-            list(runs) or [RUN],
+            list(runs) or ([] if model else [RUN]),
             out,
+            model=model,
             store=store,
             images=images,
             csv=table,
@@ -336,6 +339,16 @@ def predict(
         )
     click.echo(summary)
     ctx.exit(summary.exit_code)
+
+
+@main.command()
+@click.option("--runs", type=_PATH, default=RUN, show_default=True, help="Run folder, or one fold of it, to export.")
+@click.option("--out", type=_PATH, default=None, help="Folder to write.  [default: export in the run folder]")
+def export(runs: Path, out: Path | None) -> None:
+    """Write a run as ONNX and torch.export models, checked, with all that it takes to use them."""
+    from training import export as exporting
+
+    click.echo(exporting.export(runs, out or runs / "export"))
 
 
 @main.command()

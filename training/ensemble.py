@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import metrics, runs
 from training.device import pick_device, pick_precision
-from training.model import MammoModel
 from training.runs import FoldRun
 
 # Settings of a conversion that change what a model sees; the others only change how tiles are kept.
@@ -36,11 +34,11 @@ _NO_LIMIT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Member:
-    """One fold's model; `run` is its run's position in the ensemble, `sha256` the hash of its weights."""
+    """One fold's model, from pictures to logits; `run` is its run's position in the ensemble, `sha256` its weights'."""
 
     run: int
     sha256: str
-    model: MammoModel
+    model: Callable[[Tensor], Tensor]
     precision: torch.dtype
     channels_last: bool
 
@@ -186,7 +184,7 @@ def open_ensemble(folders: Sequence[Path], device: str = "auto", weights: Sequen
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise InputError("--runs: the same run is named twice; name each once, and weigh them with weights.")
     place = pick_device(device)
-    by_run = [_folds(Path(folder)) for folder in folders]
+    by_run = [runs.folds_of(Path(folder)) for folder in folders]
     folds = [(number, fold) for number, found in enumerate(by_run) for fold in found]
     settings = _common_settings([fold for _, fold in folds])
     grouped: dict[str, list[tuple[int, FoldRun]]] = {}
@@ -223,14 +221,6 @@ def require_same_conversion(ensemble: Ensemble, store: Store) -> None:
                 f"{store.root}: converted with {name} = {_plain(here)}, but the runs were trained on a store with "
                 f"{name} = {_plain(there)}. Convert these pictures with the same settings into another folder."
             )
-
-
-def _folds(folder: Path) -> list[FoldRun]:
-    """The folds that a folder stands for: its own, or itself."""
-    number = re.fullmatch(r"fold(\d+)", folder.name)
-    if number and (folder / runs.CONFIG).is_file():
-        return [FoldRun(folder, int(number[1]))]
-    return list(runs.open_run(folder).folds)
 
 
 def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Group:

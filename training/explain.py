@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
@@ -168,7 +168,7 @@ def _maps(
     with Loader(store, rows, pipeline, group.loader, seed=group.seed, train=False, device=device) as loader:
         for batch in loader.epoch(0):
             image = batch["image"].to(ensemble.device)
-            found = [_scaled(_map(member.model, image, method), method) for member in group.members]
+            found = [_scaled(_map(cast(MammoModel, member.model), image, method), method) for member in group.members]
             heat = torch.stack(found).mean(dim=0).cpu().numpy()
             gray = (image[:, 0].float() * pipeline.std + pipeline.mean).cpu().numpy()
             for place, index in enumerate(batch["index"].tolist()):

@@ -64,6 +64,7 @@ def predict(
     folders: Sequence[Path],
     out: Path,
     *,
+    model: Path | None = None,
     store: Path | None = None,
     images: Path | None = None,
     csv: Path | None = None,
@@ -80,8 +81,9 @@ def predict(
     """Write a submission from runs and pictures.
 
     Args:
-        folders: run folders, or single folds of them; their folds are averaged.
+        folders: run folders, or single folds of them; their folds are averaged. Empty where `model` is given.
         out: the submission.
+        model: instead of runs, an exported `model.onnx`; it needs neither the runs nor timm.
         store: predict a store's pictures; with `csv`, those that it names, in its order.
         images: or predict a folder of raw pictures, as a stream; without `csv` ids and sides come from the files.
         csv: the pictures' table, one row a picture. Labels are not needed and not looked at.
@@ -98,16 +100,21 @@ def predict(
         progress: told of the pictures done.
 
     Raises:
-        InputError: neither or both of `store` and `images`, or a table that does not hold what it must.
+        InputError: neither or both of `store` and `images`, runs and a model at once, `explain` of a model, or a table
+            that does not hold what it must.
         RunError: a run is missing, unfinished or damaged.
         StoreError: no store, or one that was converted otherwise than the runs' own.
     """
     if (store is None) == (images is None):
         raise InputError("predict takes either a store (--store) or a folder of pictures (--images).")
+    if model is not None and (folders or weights is not None):
+        raise InputError("predict takes runs (--runs) or one exported model (--model), not both.")
+    if model is not None and explain is not None:
+        raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
     listed = tables.read_table(csv) if csv is not None else None
     if store is not None:
         opened = open_store(store)
-        ensemble = open_ensemble(folders, device, weights)
+        ensemble = _open(folders, model, device, weights)
         require_same_conversion(ensemble, opened)
         asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
         kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
@@ -116,7 +123,7 @@ def predict(
         if not images.is_dir():
             raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
         files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = open_ensemble(folders, device, weights)
+        ensemble = _open(folders, model, device, weights)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, tta))
         settings = narrowed(ensemble.settings, ensemble.longest_side)
@@ -140,6 +147,14 @@ def predict(
         from_prior=written.from_prior,
         prior=ensemble.prior,
     )
+
+
+def _open(folders: Sequence[Path], model: Path | None, device: str, weights: Sequence[float] | None) -> Ensemble:
+    if model is None:
+        return open_ensemble(folders, device, weights)
+    from training.export import open_exported
+
+    return open_exported(model, device)
 
 
 def _run(

@@ -115,6 +115,18 @@ def open_run(root: str | Path) -> Run:
     return Run(root, folds)
 
 
+def folds_of(folder: Path) -> list[FoldRun]:
+    """The folds that a folder stands for: those of a run (`runs/NAME`), or itself (`runs/NAME/foldK`).
+
+    Raises:
+        RunError: there is no run.
+    """
+    number = re.fullmatch(r"fold(\d+)", folder.name)
+    if number and (folder / CONFIG).is_file():
+        return [FoldRun(folder, int(number[1]))]
+    return list(open_run(folder).folds)
+
+
 def continues(folder: Path, config: Config, store: Store) -> bool:
     """Whether a fold's folder is there and was begun with this configuration and store."""
     return (folder / CONFIG).is_file() and not mismatch(folder, config, store)

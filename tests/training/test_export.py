@@ -1,0 +1,133 @@
+"""Exported models: the same probabilities as torch's, at any batch, and predictions that need no training parts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from preprocessing.convert import convert
+from preprocessing.errors import InputError, RunError, StoreError
+from preprocessing.synth import synthesize
+from tests.training.test_predict import SETTINGS, make_run
+from training import runs
+from training.ensemble import open_ensemble
+from training.export import OnnxModel, export, open_exported
+from training.predict import predict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "tiny"
+    summary = export(run, out)
+    assert summary.folds == 2
+    assert 0 <= summary.onnx_difference < 1e-4
+    assert 0 <= summary.program_difference < 1e-4
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    synthesize(root, patients=1, test_patients=3, seed=5)
+    convert(root / "test_images", root / "test.csv", root / "store", SETTINGS, workers=1)
+    return root
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_both_forms_give_the_mean_of_the_folds_at_any_batch(run: Path, exported: Path, batch: int):
+    picture = torch.randn(batch, 1, 64, 64, generator=torch.Generator().manual_seed(batch))
+    models = [runs.load_model(fold)[0] for fold in runs.open_run(run).folds]
+    with torch.inference_mode():
+        wanted = torch.stack([torch.sigmoid(model(picture)) for model in models]).mean(dim=0).numpy()
+        program = torch.export.load(exported / "model.pt2").module()(picture).numpy()
+    onnx = OnnxModel(exported / "model.onnx", torch.device("cpu")).probabilities(picture.numpy())
+    assert wanted.std() > 0 or batch == 1
+    np.testing.assert_allclose(onnx, wanted, atol=1e-5)
+    np.testing.assert_allclose(program, wanted, atol=1e-5)
+
+
+def test_the_description_has_all_that_it_takes(run: Path, exported: Path):
+    known = json.loads((exported / "model.json").read_text())
+    ensemble = open_ensemble([run], "cpu")
+    assert known["input"]["shape"] == ["batch", 1, 64, 64]
+    assert (known["threshold"], known["prior"]) == (ensemble.threshold, ensemble.prior)
+    assert set(known["sha256"]) == {"model.onnx", "model.pt2", "fold0.safetensors", "fold1.safetensors"}
+    assert sorted(path.name for path in exported.iterdir()) == sorted([*known["sha256"], "model.json"])
+    opened = open_exported(exported)
+    assert opened.settings == ensemble.settings
+    assert opened.groups[0].pipeline == ensemble.groups[0].pipeline
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_submission_of_the_exported_model_is_that_of_the_run(
+    run: Path, exported: Path, data: Path, tmp_path: Path, tta: bool
+):
+    for name, source in (("torch", {"folders": [run]}), ("onnx", {"folders": [], "model": exported / "model.onnx"})):
+        summary = predict(**source, out=tmp_path / name / "s.csv", store=data / "store", device="cpu", tta=tta)
+        assert summary.exit_code == 0
+    torch_s, onnx_s = (pd.read_csv(tmp_path / name / "s.csv") for name in ("torch", "onnx"))
+    assert torch_s["prediction_id"].tolist() == onnx_s["prediction_id"].tolist()
+    np.testing.assert_allclose(onnx_s["cancer"], torch_s["cancer"], atol=1e-5)
+
+
+def test_predicting_with_it_loads_neither_timm_nor_the_training_parts(exported: Path, data: Path, tmp_path: Path):
+    script = f"""
+import sys
+from pathlib import Path
+from training.predict import predict
+model, store, out = (Path(each) for each in {[str(exported), str(data / "store"), str(tmp_path / "s.csv")]})
+predict([], out, model=model, store=store, device="cpu")
+loaded = {{"timm", "torchvision", "training.model", "training.loop", "training.build"}} & set(sys.modules)
+assert not loaded, loaded
+"""
+    done = subprocess.run(  # noqa: PLW1510
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s.csv").is_file()
+
+
+def test_a_damaged_or_missing_model_is_refused_by_name(exported: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("model.onnx", "model.json"):
+        (copy / name).write_bytes((exported / name).read_bytes())
+    content = bytearray((copy / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(content)
+    with pytest.raises(RunError, match=r"model\.onnx: its SHA-256"):
+        open_exported(copy)
+    (copy / "model.json").write_text('{"format": "other"}')
+    with pytest.raises(RunError, match=r"model\.json: not an export"):
+        open_exported(copy)
+    (copy / "model.json").unlink()
+    with pytest.raises(RunError, match=r"model\.json: no such file"):
+        open_exported(copy)
+
+
+def test_runs_and_a_model_or_explaining_a_model_are_refused(run: Path, exported: Path, data: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="not both"):
+        predict([run], tmp_path / "s.csv", model=exported, store=data / "store")
+    with pytest.raises(InputError, match="--explain"):
+        predict([], tmp_path / "s.csv", model=exported, store=data / "store", explain=tmp_path / "x")
+
+
+def test_a_store_converted_otherwise_is_refused(exported: Path, data: Path, tmp_path: Path):
+    other = SETTINGS.model_copy(update={"crop_margin": 0.1})
+    convert(data / "test_images", data / "test.csv", tmp_path / "store", other, workers=1)
+    with pytest.raises(StoreError, match="crop_margin"):
+        predict([], tmp_path / "s.csv", model=exported, store=tmp_path / "store", device="cpu")

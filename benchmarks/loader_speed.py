@@ -2,9 +2,9 @@
 
     python benchmarks/loader_speed.py [--store STORE] [--device cpu|gpu] [--json FILE]
 
-All take turns, so that other load on the machine meets every one, and medians over the turns are shown. Batches that
-were prepared while others had their turn are thrown away before the clock starts. Without a store a synthetic one is
-made; see loader_set.py for what is done to the pictures.
+All take turns, so that other load on the machine meets every one, and medians over the turns are shown. Worker
+processes are stopped while others have their turn, and batches that were prepared before it are thrown away. Without a
+store a synthetic one is made; see loader_set.py for what is done to the pictures.
 """
 
 from __future__ import annotations
@@ -58,6 +58,30 @@ class Row:
     cpu_ms: list[float] = field(default_factory=list)
     gpu: list[float] = field(default_factory=list)
     stream: Iterator[Any] | None = None
+    workers: list[psutil.Process] = field(default_factory=list)
+
+    def resume(self) -> None:
+        """Begin or go on, up to the first batch that counts."""
+        if self.stream is None:
+            before = set(psutil.Process().children(recursive=True))
+            self.stream = self.start()
+            next(self.stream)
+            self.workers = [each for each in psutil.Process().children(recursive=True) if each not in before]
+        for worker in self.workers:
+            worker.resume()
+        for _ in range(self.drop):
+            next(self.stream)
+
+    def pause(self) -> None:
+        """Stop the workers, which would go on preparing batches while another has its turn."""
+        for worker in self.workers:
+            worker.suspend()
+
+    def end(self) -> None:
+        """Let the workers go."""
+        for worker in self.workers:
+            worker.resume()
+        self.stream = None
 
 
 def contestants(data: Benchmarked, device: str, threads: int) -> list[Row]:
@@ -118,9 +142,8 @@ def copy_alone() -> Iterator[torch.Tensor]:
 
 def turn(row: Row, seconds: float, device: str) -> None:
     """Let one contestant run for a while."""
-    row.stream = row.stream or row.start()
-    for _ in range(row.drop):
-        next(row.stream)
+    row.resume()
+    assert row.stream is not None
     _settle(device)
     with GpuWatch(device) as watch:
         began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
@@ -132,11 +155,24 @@ def turn(row: Row, seconds: float, device: str) -> None:
     row.rates.append(count / spent)
     row.cpu_ms.append((_cpu_seconds() - cpu) / count * 1e3)
     row.gpu.append(watch.utilisation)
+    row.pause()
+    _idle()
 
 
 def _settle(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def _idle(most_s: float = 2.0) -> None:
+    """Wait until what prefetches in threads has filled its queues."""
+    ends, before = time.perf_counter() + most_s, _cpu_seconds()
+    while time.perf_counter() < ends:
+        time.sleep(0.05)
+        now = _cpu_seconds()
+        if now - before < 0.01:
+            return
+        before = now
 
 
 def _cpu_seconds() -> float:
@@ -300,7 +336,7 @@ def main(
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
                     turn(row, seconds, place)
         for row in rows:
-            row.stream = None  # ends its workers
+            row.end()
         with console.status("Memory and first batch"):
             probes = {name: probe_apart(Path(folder) / "set", name, device, threads) for name in PROBED}
     found = summary(rows, probes, place, threads)

@@ -145,11 +145,8 @@ def lookup_maps(matrix: NDArray[np.float64], grid: NDArray[np.float32], height: 
     rows, columns = grid.shape[:2]
     y, x = np.meshgrid(np.linspace(0, height, rows) - 0.5, np.linspace(0, width, columns) - 0.5, indexing="ij")
     looks = (np.stack([x, y], axis=-1) + grid) @ matrix[:, :2].T + matrix[:, 2]
-    down, across = _between(height, rows), _between(width, columns)
-    # OpenCV's product: NumPy's would wake a thread on every core for so small a one, in each of the loader's threads.
-    product: Any = cv2.gemm
-    tables = (np.ascontiguousarray(looks[..., axis], np.float32) for axis in (0, 1))
-    found = [product(down, product(table, across, 1, None, 0, flags=cv2.GEMM_2_T), 1, None, 0) for table in tables]
+    across = _between(width, columns)
+    found = [_down((looks[..., axis] @ across.T).astype(np.float32), height) for axis in (0, 1)]
     return found[0], found[1]
 
 
@@ -185,8 +182,8 @@ def cut_holes(picture: Grey, holes: NDArray[np.float32]) -> Grey:
 
 
 def normalise(picture: Grey, settings: PipelineSettings) -> Grey:
-    """(v - mean) / std, float32 [channels, height, width]."""
-    scaled = picture * np.float32(1 / settings.std)
+    """(v - mean) / std, float32 [channels, height, width]; one channel is the picture itself, changed in place."""
+    scaled = np.multiply(picture, np.float32(1 / settings.std), out=picture)
     scaled -= np.float32(settings.mean / settings.std)
     return np.repeat(scaled[None], settings.channels, axis=0) if settings.channels > 1 else scaled[None]
 
@@ -206,6 +203,22 @@ def gaussian_window(sigma: float) -> int:
 def _gaussian(picture: Grey, sigma: float) -> Any:
     taps = gaussian_window(sigma)
     return cv2.GaussianBlur(picture, (taps, taps), sigma, borderType=cv2.BORDER_REFLECT_101)
+
+
+def _down(nodes: Grey, height: int) -> Grey:
+    """Rows interpolated linearly between evenly spaced ones, float32 [n, width] to [height, width].
+
+    Cell by cell and not as one matrix product, for which BLAS wakes a thread on every core that then spins for a while.
+    """
+    cells = len(nodes) - 1
+    at = (np.arange(height, dtype=np.float32) + np.float32(0.5)) * np.float32(cells / height)
+    ends = np.searchsorted(at, np.arange(cells + 1))
+    result = np.empty((height, nodes.shape[1]), np.float32)
+    for cell in range(cells):
+        rows = slice(ends[cell], ends[cell + 1])
+        np.multiply((at[rows] - np.float32(cell))[:, None], nodes[cell + 1] - nodes[cell], out=result[rows])
+        result[rows] += nodes[cell]
+    return result
 
 
 def _between(pixels: int, nodes: int) -> NDArray[np.float32]:

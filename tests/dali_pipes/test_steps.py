@@ -132,6 +132,6 @@ def test_holes_are_black_and_nothing_else_is():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_normalising_is_minus_mean_over_std(channels):
-    found = steps.normalise(GREY, PipelineSettings(channels=channels, mean=0.3, std=0.2))
+    found = steps.normalise(GREY.copy(), PipelineSettings(channels=channels, mean=0.3, std=0.2))
     assert found.shape == (channels, 80, 60)
     assert np.abs(found - (GREY - 0.3) / 0.2).max() < 1e-5

@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test test-all lint format gpu-check docs-assets clean
+.PHONY: help install demo test test-all lint format gpu-check clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -31,6 +31,9 @@ lint: $(VENV)/.installed ## ruff and pyright
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/pyright
+
+gpu-check: $(VENV)/.installed ## the gpu tests and the benchmarks on this machine's GPU; figures to benchmarks/results
+	@$(PY) benchmarks/gpu_check.py
 
 format: $(VENV)/.installed ## let ruff put the code in order
 	@$(VENV)/bin/ruff check --fix .

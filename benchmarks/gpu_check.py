@@ -1,0 +1,163 @@
+"""Everything that needs a GPU, in one go: the `gpu` tests, then the benchmarks on the GPU, on data that they make.
+
+    python benchmarks/gpu_check.py [--out benchmarks/results]
+
+Writes `<gpu>-<date>.json` with versions, each part's exit status, seconds and figures, and prints a table. A part that
+fails or takes too long is recorded as that and does not end the others; the exit status is then 1, and 2 without a GPU.
+`--device cpu` tries the course of things on a machine without one; the file is then called cpu-<date>.json.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "opencv-python-headless")
+TOTAL_S = 480
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command; with `figures` it writes them to the file that `--json` names."""
+
+    name: str
+    command: tuple[str, ...]
+    most_s: int
+    figures: bool = True
+
+
+def parts(device: str) -> list[Part]:
+    """What is run, in its order; the limits add up to `TOTAL_S`."""
+    b3 = ("--model", "efficientnet_b3", "--size", "512", "--batch-size", "32", "--steps", "20")
+    tiny = ("--size", "64", "--batch-size", "2", "--steps", "1", "--repeats", "1")
+    size = b3 if device == "gpu" else tiny
+    return [
+        Part("gpu tests", ("-m", "pytest", "-q", "-m", "gpu", "tests"), 150, figures=False),
+        Part("loader_speed", ("benchmarks/loader_speed.py", "--device", device), 120),
+        Part("train_speed", ("benchmarks/train_speed.py", "--device", device, *size), 120),
+        Part("convert_speed", ("benchmarks/convert_speed.py", "--pictures", "1", "--repeats", "2"), 90),
+    ]
+
+
+def run_part(part: Part, folder: Path) -> dict[str, Any]:
+    """Run one, and what came of it: exit status (None: too long), seconds, figures, and the end of its output."""
+    target = folder / f"{part.name}.json"
+    command = [sys.executable, *part.command, *(("--json", str(target)) if part.figures else ())]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=part.most_s,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        status, output = None, error.stdout or b""
+        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+    return {
+        "status": status,
+        "seconds": round(time.monotonic() - began, 1),
+        "limit_s": part.most_s,
+        "figures": json.loads(target.read_text()) if target.is_file() else None,
+        "output_tail": output.splitlines()[-15:],
+    }
+
+
+def machine(name: str) -> dict[str, Any]:
+    """What the figures were taken with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found = {"device": name, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    return {**found, "date": datetime.now(UTC).date().isoformat(), "packages": versions}
+
+
+def gpu_name() -> str | None:
+    """The first GPU's name, None where torch can use none."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """In a word."""
+    status = result["status"]
+    if status is None:
+        return f"stopped after {result['limit_s']} s"
+    return "passed" if status == 0 else f"failed ({status})"
+
+
+def check(
+    device: str, name: str, out: Path, tell: Callable[[str], object], wanted: list[Part] | None = None
+) -> tuple[Path, bool]:
+    """Run all parts and write the file after each, so that no figure is lost. Gives it and whether all passed."""
+    described = machine(name)
+    path = out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{described['date']}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        for part in parts(device) if wanted is None else wanted:
+            tell(part.name)
+            results[part.name] = run_part(part, Path(folder))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"machine": described, "parts": results}, indent=1) + "\n")
+            temporary.replace(path)
+    return path, all(result["status"] == 0 for result in results.values())
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results", help="Folder to write to.")
+@click.option("--device", type=click.Choice(["gpu", "cpu"]), default="gpu", show_default=True)
+def main(out: Path, device: str) -> None:
+    """Run everything that needs a GPU and keep the figures."""
+    name = gpu_name() if device == "gpu" else "cpu"
+    if name is None:
+        click.echo("gpu-check: torch can use no NVIDIA GPU here; see: python cli.py doctor", err=True)
+        sys.exit(2)
+    console = Console()
+    path, passed = check(device, name, out, lambda part: console.print(f"{part} ..."))
+    table = Table(title=f"On {name}")
+    for heading in ("part", "outcome", "seconds"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    found = json.loads(path.read_text())["parts"]
+    for part, result in found.items():
+        table.add_row(part, outcome(result), f"{result['seconds']:.0f}")
+    console.print(table)
+    for result in found.values():
+        for key, value in ((result["figures"] or {}).get("ratios") or {}).items():
+            console.print(f"{key}: {value:.2f}", highlight=False)
+    for part, result in found.items():
+        if result["status"] != 0:
+            console.print(f"{part}:", *result["output_tail"], sep="\n  ", markup=False, highlight=False)
+    console.print(f"Figures: {path}")
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

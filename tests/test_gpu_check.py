@@ -1,0 +1,47 @@
+"""gpu-check keeps what was measured, whatever becomes of the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import Part, check, main, outcome
+
+FIGURES = "import json, sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write(json.dumps({'ratios': {'a': 2}}))"
+
+
+def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
+    wanted = [
+        Part("good", ("-c", FIGURES), 60),
+        Part("bad", ("-c", "print('what went wrong'); raise SystemExit(3)"), 60, figures=False),
+        Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2, figures=False),
+    ]
+    path, passed = check("gpu", "NVIDIA H200 (simulated)", tmp_path, lambda name: None, wanted)
+    assert not passed
+    assert path.name.startswith("nvidia-h200-simulated-")
+    written = json.loads(path.read_text())
+    assert {"device", "cores", "python", "date", "packages"} <= set(written["machine"])
+    found = written["parts"]
+    assert [outcome(found[name]) for name in ("good", "bad", "slow")] == ["passed", "failed (3)", "stopped after 2 s"]
+    assert found["good"]["figures"] == {"ratios": {"a": 2}}
+    assert found["bad"]["output_tail"] == ["what went wrong"]
+    assert found["slow"]["output_tail"] == ["begun"]
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_all_its_parts_together_keep_to_the_eight_minutes():
+    assert sum(part.most_s for part in gpu_check.parts("gpu")) <= gpu_check.TOTAL_S
+    for part in gpu_check.parts("gpu"):
+        assert part.command[0] == "-m" or (gpu_check.ROOT / part.command[0]).is_file()
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check, "gpu_name", lambda: None)
+    done = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "no NVIDIA GPU" in done.output
+    assert list(tmp_path.iterdir()) == []

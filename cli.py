@@ -52,6 +52,13 @@ class _Group(click.RichGroup):
 
 _PATH = click.Path(path_type=Path)
 _store = click.option("--store", type=_PATH, default=STORE, show_default=True, help="The store that convert made.")
+_calibrate = click.option(
+    "--calibrate",
+    type=click.Choice(["none", "temperature", "isotonic"]),
+    default="none",
+    show_default=True,
+    help="Calibrate probabilities on the out-of-fold predictions.",
+)
 _device = click.option("--device", default=None, help="'cpu', 'cuda', 'cuda:N' or 'auto' (the default).")
 _config = click.option("--config", "config_source", default=None, help="A preset's name or a YAML file.")
 _set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
@@ -294,6 +301,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 @click.option("--out", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write.")
 @click.option("--tta/--no-tta", default=False, help="Average each prediction with its left-right mirror image's.")
 @click.option("--binary", is_flag=True, help="Write 0 and 1, cut at the threshold chosen out of fold.")
+@_calibrate
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
 @_device
@@ -308,6 +316,7 @@ def predict(
     out: Path,
     tta: bool,
     binary: bool,
+    calibrate: Any,
     explain: Path | None,
     workers: int,
     device: str | None,
@@ -333,6 +342,7 @@ def predict(
             device=device or "auto",
             tta=tta,
             binary=binary,
+            calibrate=calibrate,
             explain=explain,
             workers=workers,
             progress=advance,
@@ -344,11 +354,12 @@ def predict(
 @main.command()
 @click.option("--runs", type=_PATH, default=RUN, show_default=True, help="Run folder, or one fold of it, to export.")
 @click.option("--out", type=_PATH, default=None, help="Folder to write.  [default: export in the run folder]")
-def export(runs: Path, out: Path | None) -> None:
+@_calibrate
+def export(runs: Path, out: Path | None, calibrate: Any) -> None:
     """Write a run as ONNX and torch.export models, checked, with all that it takes to use them."""
     from training import export as exporting
 
-    click.echo(exporting.export(runs, out or runs / "export"))
+    click.echo(exporting.export(runs, out or runs / "export", calibrate))
 
 
 @main.command()

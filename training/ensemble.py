@@ -22,7 +22,8 @@ from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
-from training import metrics, runs
+from training import calibration, metrics, runs
+from training.calibration import Calibration
 from training.device import pick_device, pick_precision
 from training.runs import FoldRun
 
@@ -66,6 +67,7 @@ class Ensemble:
         threshold: of the best pF1 on the runs' out-of-fold predictions, aggregated and weighted as here.
         settings: the conversion that the runs were trained on.
         device: where the models are.
+        calibration: of a breast's probability, fitted out of fold; `threshold` is on its scale.
     """
 
     names: tuple[str, ...]
@@ -76,6 +78,7 @@ class Ensemble:
     threshold: float
     settings: ConvertSettings
     device: torch.device
+    calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
 
     @property
     def batch(self) -> int:
@@ -127,14 +130,15 @@ class Ensemble:
             by_run: probabilities, float64 [pictures, runs], all finite.
 
         Returns:
-            Probabilities in [0, 1] by `prediction_id`: each run's pictures aggregated its own way, then averaged.
+            Probabilities in [0, 1] by `prediction_id`: each run's pictures aggregated its own way, averaged, then
+            calibrated.
         """
         breasts = pd.Series(dtype=np.float64)
         for run, aggregate in enumerate(self.aggregates):
             pictures = pd.Series(by_run[:, run], index=frame.index)
             part = metrics.aggregate_predictions(pictures, frame["prediction_id"], aggregate) * self.weights[run]
             breasts = part if run == 0 else breasts + part
-        return breasts.clip(0, 1)
+        return pd.Series(self.calibration(breasts.clip(0, 1)), breasts.index)
 
     def _run_group(
         self, group: Group, store: Store, rows: pd.DataFrame, tta: bool, faults: dict[int, str]
@@ -166,13 +170,19 @@ class Ensemble:
         return torch.stack(probabilities).mean(dim=0) if tta else probabilities[0]
 
 
-def open_ensemble(folders: Sequence[Path], device: str = "auto", weights: Sequence[float] | None = None) -> Ensemble:
+def open_ensemble(
+    folders: Sequence[Path],
+    device: str = "auto",
+    weights: Sequence[float] | None = None,
+    calibrate: calibration.Method = "none",
+) -> Ensemble:
     """Load the best model of every fold of every run.
 
     Args:
         folders: run folders (`runs/NAME`, all its folds) or single folds of them (`runs/NAME/fold0`).
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         weights: one a run, not negative; equal ones without it.
+        calibrate: how the breasts' probabilities are calibrated on the runs' out-of-fold predictions.
 
     Raises:
         RunError: a run is missing, unfinished or damaged, or the runs were trained on stores converted differently.
@@ -195,6 +205,7 @@ def open_ensemble(folders: Sequence[Path], device: str = "auto", weights: Sequen
         grouped.setdefault(key, []).append((number, fold))
     shares = _weights(weights, len(folders))
     breasts = _out_of_fold(by_run, shares)
+    fitted = calibration.fit(calibrate, breasts["cancer"], breasts["prediction"])
     return Ensemble(
         names=tuple(str(folder) for folder in folders),
         groups=tuple(_group(members, place) for members in grouped.values()),
@@ -202,9 +213,10 @@ def open_ensemble(folders: Sequence[Path], device: str = "auto", weights: Sequen
         aggregates=tuple(found[0].config.train.aggregate for found in by_run),
         # Half a breast is added to either class, so that it is never 0 or 1 (Krichevsky & Trofimov 1981).
         prior=(float(breasts["cancer"].sum()) + 0.5) / (len(breasts) + 1),
-        threshold=metrics.pf1_best(breasts["cancer"], breasts["prediction"])[1],
+        threshold=metrics.pf1_best(breasts["cancer"], fitted(breasts["prediction"]))[1],
         settings=settings,
         device=place,
+        calibration=fitted,
     )
 
 

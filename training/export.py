@@ -32,6 +32,7 @@ from preprocessing.errors import ConfigError, RunError
 from preprocessing.manifest import write_atomically
 from preprocessing.settings import ConvertSettings
 from training import runs
+from training.calibration import Calibration, Method
 from training.device import pick_device
 from training.ensemble import Ensemble, Group, Member, open_ensemble
 
@@ -94,19 +95,20 @@ class OnnxModel:
         return torch.logit(torch.from_numpy(found)).to(image.device)
 
 
-def export(folder: Path, out: Path) -> ExportSummary:
+def export(folder: Path, out: Path, calibrate: Method = "none") -> ExportSummary:
     """Write a run, or one fold of it, as models for other programs. See the module's text for the files.
 
     Args:
         folder: `runs/NAME` or `runs/NAME/foldK`.
         out: folder for the files; those of an earlier export are replaced.
+        calibrate: how breasts' probabilities are calibrated; kept in model.json, the graph itself stays as it is.
 
     Raises:
         RunError: a run that is missing, unfinished or damaged, or an exported model that does not say what torch says.
         ConfigError: onnx, onnxscript or onnxruntime is not installed.
     """
     _onnxruntime()
-    ensemble = open_ensemble([folder], "cpu")
+    ensemble = open_ensemble([folder], "cpu", calibrate=calibrate)
     group, *others = ensemble.groups
     if others:
         raise RunError(f"{folder}: its folds were trained with different pipelines; export each by itself.")
@@ -175,6 +177,7 @@ def open_exported(path: Path, device: str = "auto") -> Ensemble:
         threshold=known["threshold"],
         settings=ConvertSettings.model_validate(known["conversion"]),
         device=place,
+        calibration=Calibration.model_validate(known["calibration"]),
     )
 
 
@@ -219,6 +222,7 @@ def _description(
         "aggregate": ensemble.aggregates[0],
         "prior": ensemble.prior,
         "threshold": ensemble.threshold,
+        "calibration": ensemble.calibration.model_dump(mode="json"),
         "max_difference": {ONNX: summary.onnx_difference, PROGRAM: summary.program_difference},
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         "packages": {name: importlib.metadata.version(name) for name in ("torch", "timm", "onnx", "onnxruntime")},

@@ -25,6 +25,7 @@ from preprocessing.errors import InputError
 from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from training import runs
+from training.calibration import Method
 from training.ensemble import Ensemble, open_ensemble, require_same_conversion
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
@@ -72,6 +73,7 @@ def predict(
     tta: bool = False,
     weights: Sequence[float] | None = None,
     binary: bool = False,
+    calibrate: Method = "none",
     workers: int = 0,
     explain: Path | None = None,
     explain_threshold: float = 0.5,
@@ -92,6 +94,8 @@ def predict(
         weights: one a run; equal ones without it.
         binary: write 1 at or above the threshold of the best pF1 on the runs' out-of-fold predictions, and 0 below it,
             instead of probabilities.
+        calibrate: 'temperature' or 'isotonic', fitted on the runs' out-of-fold predictions; an exported model brings
+            its own.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
         explain: folder for overlays of the pictures that reach `explain_threshold`; see `explain.py`.
@@ -109,12 +113,14 @@ def predict(
         raise InputError("predict takes either a store (--store) or a folder of pictures (--images).")
     if model is not None and (folders or weights is not None):
         raise InputError("predict takes runs (--runs) or one exported model (--model), not both.")
+    if model is not None and calibrate != "none":
+        raise InputError("--calibrate is chosen when a model is exported; leave it out with --model.")
     if model is not None and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
     listed = tables.read_table(csv) if csv is not None else None
     if store is not None:
         opened = open_store(store)
-        ensemble = _open(folders, model, device, weights)
+        ensemble = _open(folders, model, device, weights, calibrate)
         require_same_conversion(ensemble, opened)
         asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
         kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
@@ -123,7 +129,7 @@ def predict(
         if not images.is_dir():
             raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
         files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = _open(folders, model, device, weights)
+        ensemble = _open(folders, model, device, weights, calibrate)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, tta))
         settings = narrowed(ensemble.settings, ensemble.longest_side)
@@ -149,9 +155,11 @@ def predict(
     )
 
 
-def _open(folders: Sequence[Path], model: Path | None, device: str, weights: Sequence[float] | None) -> Ensemble:
+def _open(
+    folders: Sequence[Path], model: Path | None, device: str, weights: Sequence[float] | None, calibrate: Method
+) -> Ensemble:
     if model is None:
-        return open_ensemble(folders, device, weights)
+        return open_ensemble(folders, device, weights, calibrate)
     from training.export import open_exported
 
     return open_exported(model, device)

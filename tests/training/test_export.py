@@ -131,3 +131,21 @@ def test_a_store_converted_otherwise_is_refused(exported: Path, data: Path, tmp_
     convert(data / "test_images", data / "test.csv", tmp_path / "store", other, workers=1)
     with pytest.raises(StoreError, match="crop_margin"):
         predict([], tmp_path / "s.csv", model=exported, store=tmp_path / "store", device="cpu")
+
+
+def test_the_calibration_goes_with_the_model_and_changes_the_submission(
+    run: Path, exported: Path, data: Path, tmp_path: Path
+):
+    export(run, tmp_path / "export", "temperature")
+    wanted = open_ensemble([run], "cpu", calibrate="temperature")
+    opened = open_exported(tmp_path / "export")
+    assert opened.calibration == wanted.calibration
+    assert opened.calibration.temperature != 1
+    assert opened.threshold == wanted.threshold
+    cancers = []
+    for name in (exported, tmp_path / "export"):
+        predict([], tmp_path / "s.csv", model=name, store=data / "store", device="cpu")
+        cancers.append(pd.read_csv(tmp_path / "s.csv")["cancer"].to_numpy())
+    np.testing.assert_allclose(cancers[1], opened.calibration(cancers[0]), atol=1e-9)
+    with pytest.raises(InputError, match="--calibrate"):
+        predict([], tmp_path / "s.csv", model=exported, store=data / "store", calibrate="isotonic")

@@ -1,0 +1,71 @@
+"""Calibration against closed forms and scikit-learn, and through a prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import log_loss, roc_auc_score
+
+from preprocessing.errors import RunError
+from tests.training.test_predict import make_run
+from training.calibration import Calibration, fit
+from training.ensemble import open_ensemble
+
+
+def _drawn(temperature: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Labels drawn with probability sigmoid(logit), and predictions that are too sure by `temperature`."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 1.5, count)
+    labels = (rng.random(count) < 1 / (1 + np.exp(-logits))).astype(float)
+    return labels, 1 / (1 + np.exp(-logits * temperature))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_of_too_sure_predictions_is_found(temperature: float):
+    labels, predictions = _drawn(temperature)
+    found = fit("temperature", labels, predictions)
+    assert found.temperature == pytest.approx(temperature, rel=0.05)
+    calibrated = found(predictions)
+    assert log_loss(labels, calibrated) <= log_loss(labels, predictions) + 1e-9
+    assert roc_auc_score(labels, calibrated) == pytest.approx(roc_auc_score(labels, predictions), abs=1e-9)
+
+
+def test_isotonic_is_that_of_scikit_learn():
+    labels, predictions = _drawn(3.0, 500)
+    found = fit("isotonic", labels, predictions)
+    reference = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(predictions, labels)
+    asked = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(found(asked), reference.predict(asked), atol=1e-12)
+    assert (np.diff(found(asked)) >= 0).all()
+
+
+@pytest.mark.parametrize("method", ["none", "temperature", "isotonic"])
+def test_a_calibration_survives_json_and_keeps_to_probabilities(method):
+    labels, predictions = _drawn(2.0, 300)
+    found = fit(method, labels, predictions)
+    again = Calibration.model_validate_json(found.model_dump_json())
+    assert again == found
+    asked = np.array([0.0, 1e-12, 0.3, 1.0, np.nan])
+    given = again(asked)
+    assert np.isnan(given[-1])
+    assert ((given[:-1] >= 0) & (given[:-1] <= 1)).all()
+
+
+def test_one_class_cannot_be_fitted():
+    with pytest.raises(RunError, match="--calibrate temperature"):
+        fit("temperature", [0, 0], [0.1, 0.2])
+
+
+def test_an_ensembles_threshold_is_on_the_calibrated_scale(tmp_path: Path):
+    run = make_run(tmp_path / "run")  # 0.7 for cancers, 0.3 for the others: a perfect, unsure model
+    plain = open_ensemble([run], "cpu")
+    sharp = open_ensemble([run], "cpu", calibrate="temperature")
+    assert sharp.calibration.temperature < 0.1
+    low, high = sharp.calibration([0.3, 0.7])
+    assert low < 0.01
+    assert high > 0.99
+    assert 0.3 < plain.threshold <= 0.7
+    assert sharp.calibration(0.3) < sharp.threshold <= sharp.calibration(0.7)

@@ -1,0 +1,92 @@
+"""Probabilities that mean what they say: fitted on breasts that the models did not see, applied to new ones.
+
+The order of breasts, and so AUROC and (but for ties) pF1's best cut, stays; log loss and calibration error change.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
+
+from preprocessing.errors import RunError
+
+Method = Literal["none", "temperature", "isotonic"]
+_MARGIN = 1e-7  # probabilities are kept this far from 0 and 1, where logits are infinite
+_TEMPERATURES = (0.02, 50.0)
+
+
+class Calibration(BaseModel):
+    """A map of probabilities, as `model.json` keeps it.
+
+    Attributes:
+        method: 'none' leaves them alone; 'temperature' divides logits by a number (Guo et al. 2017, section 4.2);
+            'isotonic' is a rising step function, interpolated (Zadrozny & Elkan 2002).
+        temperature: above 1 draws probabilities towards a half.
+        x, y: the isotonic map's nodes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = "none"
+    temperature: float = 1.0
+    x: tuple[float, ...] = ()
+    y: tuple[float, ...] = ()
+
+    def __call__(self, probabilities: ArrayLike) -> NDArray[np.float64]:
+        """Calibrated probabilities, float64 in [0, 1], of such in [0, 1]; NaN stays."""
+        given = np.asarray(probabilities, np.float64)
+        if self.method == "temperature":
+            return _sigmoid(_logit(given) / self.temperature)
+        if self.method == "isotonic":
+            return np.interp(given, self.x, self.y)
+        return given
+
+
+def fit(method: Method, labels: ArrayLike, probabilities: ArrayLike) -> Calibration:
+    """The calibration of out-of-fold predictions.
+
+    Args:
+        method: see `Calibration`.
+        labels: 0 or 1 of each breast.
+        probabilities: in [0, 1], from models that did not learn from the breast.
+
+    Raises:
+        RunError: the breasts are all of one class, which nothing can be fitted on.
+    """
+    if method == "none":
+        return Calibration()
+    cancer, given = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
+    if len(np.unique(cancer)) < 2:
+        raise RunError(
+            f"--calibrate {method}: the runs' out-of-fold breasts are all of one class, so nothing can be fitted on "
+            "them. Train on more patients, or leave it out."
+        )
+    if method == "isotonic":
+        from sklearn.isotonic import IsotonicRegression
+
+        fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(given, cancer)
+        return Calibration(
+            method=method, x=tuple(fitted.X_thresholds_.tolist()), y=tuple(fitted.y_thresholds_.tolist())
+        )
+    from scipy.optimize import minimize_scalar
+
+    logits = _logit(given)
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return float(np.mean(np.logaddexp(0, scaled) - cancer * scaled))  # mean log loss
+
+    found = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
+    return Calibration(method=method, temperature=float(np.exp(found.x)))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _logit(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    kept = np.clip(probabilities, _MARGIN, 1 - _MARGIN)
+    return np.log(kept) - np.log1p(-kept)
+
+
+def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-logits))

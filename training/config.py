@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -111,6 +111,11 @@ class TrainSettings(_Settings):
         default="auroc", description="Validation metric, per breast, by which the best model is kept."
     )
     aggregate: Literal["mean", "max", "noisy_or"] = Field(default="mean", description="From images to a breast.")
+    progressive: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(),
+        description="Progressive resizing (Tan & Le 2021, section 4): the training pictures' size as shares of the "
+        "pipeline's, each for an equal part of the epochs, such as [0.5, 0.75, 1]. Validation is always at full size.",
+    )
     max_steps: int | None = Field(default=None, ge=1, description="Steps an epoch at most (debug mode sets it).")
     checkpoint_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints inside an epoch.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Latest checkpoints kept beside the best.")

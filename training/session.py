@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import torch
 
+from dali_pipes.settings import PipelineSettings
 from preprocessing.manifest import Store
 from preprocessing.progress import Progress
 from training import checkpoint, metrics, runs
@@ -26,6 +27,7 @@ from training.config import Config
 from training.distributed import World
 from training.environment import describe
 from training.loop import Batch, FiniteGuard, Position, train_epoch, validate
+from training.resizing import training_pipeline
 from training.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ class Session:
         self.training, self.held_out = training, held_out
         self.at, self.best = Position(), Best()
         self.spent = 0.0  # seconds of training before this process
+        self.loader: Any = None
+        self.damaged = 0  # tiles that loaders of earlier sizes could not use
 
     def __enter__(self) -> Session:
         self._resources = contextlib.ExitStack()
@@ -92,10 +96,10 @@ class Session:
             self.stop = stack.enter_context(StopSignal())
             saved = checkpoint.newest(self.folder / runs.CHECKPOINTS)
             self.place.barrier()  # all have read before anything is written
-            loader = open_loader(self.store, self.training, config, train=True, device=device, place=self.place)
-            self.loader = stack.enter_context(loader)
             validation = open_loader(self.store, self.held_out, config, train=False, device=device, place=self.place)
             self.validation = stack.enter_context(validation)
+            self._loaders = stack.enter_context(contextlib.ExitStack())
+            self._open_loader(config.pipeline)
             limit = config.train.max_steps
             batches = self.loader.steps_per_epoch
             self.at.batches = min(batches, limit * config.train.accumulate) if limit else batches
@@ -124,6 +128,7 @@ class Session:
         settings = self.config.train
         stopped_early = self.best.stale >= settings.patience
         while self.at.epoch < settings.epochs and not stopped_early:
+            self._open_loader(training_pipeline(self.config, self.at.epoch))
             began, waited = time.monotonic(), self.loader.wait_s
             first = self.at.batch
             with self._progress() as self._advance:
@@ -136,6 +141,18 @@ class Session:
             self._end_epoch(record, began)
             stopped_early = self.best.stale >= settings.patience
         return self._finish(stopped_early)
+
+    def _open_loader(self, pipeline: PipelineSettings) -> None:
+        """Have training pictures as the pipeline makes them; progressive resizing changes it between epochs."""
+        if self.loader is not None:
+            if pipeline == self._pipeline:
+                return
+            self.damaged += len(self.loader.bad_samples)
+            self._loaders.close()
+            log.info("Training pictures are now of %d × %d pixels.", pipeline.height, pipeline.width)
+        config = self.config.model_copy(update={"pipeline": pipeline})
+        loader = open_loader(self.store, self.training, config, train=True, device=self.device, place=self.place)
+        self.loader, self._pipeline = self._loaders.enter_context(loader), pipeline
 
     def _progress(self) -> AbstractContextManager[Callable[[Progress], None]]:
         """The epoch's bar, on the first process's screen."""
@@ -192,7 +209,7 @@ class Session:
             "drawn": dict(self.loader.drawn(at.epoch)),
             "best": is_best,
             "memory_mb": round(_peak_memory(self.device) / 2**20, 1),
-            "bad_samples": bad + len(self.loader.bad_samples),
+            "bad_samples": bad + self.damaged + len(self.loader.bad_samples),
         }
         self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
         if self.place.is_main:

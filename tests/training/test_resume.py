@@ -25,6 +25,7 @@ OVERRIDES = (
     "train.ema_decay=0.9",
     "train.epochs=2",
     "data.loader.cache=host",
+    "train.progressive=[0.5,1]",
 )
 
 
@@ -60,19 +61,20 @@ def store(tmp_path_factory):
     return open_store(root / "store")
 
 
-def test_a_run_on_the_real_loader_is_written_resumed_and_evaluated(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [3, 7], ids=["of-small-pictures", "of-whole-pictures"])
+def test_a_run_on_the_real_loader_is_written_resumed_and_evaluated(store, tmp_path, monkeypatch, step):
     torch.set_num_threads(1)
     config = fakes.small_config(*OVERRIDES)
     fit.fit(config, store, 0, tmp_path / "whole")
     original = session.Session._after_step
 
-    def stop_at_three(self, at, guard):
-        if at.step == 3:
+    def stop(self, at, guard):
+        if at.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, at, guard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "_after_step", stop_at_three)
+        patch.setattr(session.Session, "_after_step", stop)
         with pytest.raises(SystemExit):
             fit.fit(config, store, 0, tmp_path / "half")
     fit.fit(config, store, 0, tmp_path / "half", resume=True)

@@ -1,0 +1,56 @@
+"""Progressive resizing: which epoch sees which size, and what stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from preprocessing.errors import ConfigError
+from tests.training import fakes
+from training import fit, runs
+from training.config import load_config
+from training.resizing import training_pipeline
+
+
+def _sizes(*overrides):
+    config = load_config(None, overrides)
+    pipelines = [training_pipeline(config, epoch) for epoch in range(config.train.epochs)]
+    return [(pipeline.height, pipeline.width) for pipeline in pipelines]
+
+
+def test_each_share_has_an_equal_part_of_the_epochs():
+    found = _sizes("train.epochs=6", "train.progressive=[0.5,0.75,1]", "pipeline.height=512", "pipeline.width=352")
+    # 0.5 and 0.75 of 352 are 176 and 264, which are 5.5 and 8.25 times 32.
+    assert found == [(256, 192)] * 2 + [(384, 256)] * 2 + [(512, 352)] * 2
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7])
+def test_the_last_epochs_are_at_the_last_share(epochs):
+    shares = [0.5, 1] if epochs > 1 else [1]
+    assert _sizes(f"train.epochs={epochs}", f"train.progressive={shares}")[-1] == (512, 512)
+
+
+def test_without_shares_every_epoch_is_at_full_size():
+    assert set(_sizes("train.epochs=4", "pipeline.height=500")) == {(500, 512)}
+
+
+@pytest.mark.parametrize("shares", ["[0]", "[1.5]", "[0.5,-1]"])
+def test_a_share_that_is_none_is_refused(shares):
+    with pytest.raises(ConfigError, match=r"train\.progressive"):
+        load_config(None, (f"train.progressive={shares}",))
+
+
+def test_training_changes_its_size_and_validation_does_not(tmp_path, monkeypatch):
+    fakes.use_fakes(monkeypatch)
+    shapes = {True: [], False: []}
+    epoch = fakes.FakeLoader.epoch
+
+    def noted(self, number, start_step=0):
+        shapes[self.train].append(self.shape[1:])
+        return epoch(self, number, start_step)
+
+    monkeypatch.setattr(fakes.FakeLoader, "epoch", noted)
+    store = fakes.make_store(tmp_path / "store")
+    config = fakes.small_config("train.progressive=[0.5,1]", "pipeline.height=64", "pipeline.width=64")
+    fit.fit(config, store, 0, tmp_path / "run")
+    assert shapes == {True: [(32, 32), (64, 64)], False: [(64, 64), (64, 64)]}
+    assert len(runs.open_run(tmp_path / "run").folds[0].records("epoch")) == 2

@@ -157,6 +157,7 @@ def convert(
     from preprocessing import convert as conversion
     from preprocessing.settings import ConvertSettings
     from training.config import checked
+    from training.monitor import watched
 
     if images is None:
         images, table = RSNA / "train_images", table or RSNA / "train.csv"
@@ -167,7 +168,7 @@ def convert(
         "frame": frame,
     }
     settings = checked(ConvertSettings, {name: value for name, value in given.items() if value is not None}, "convert")
-    with _console(ctx) as console, console.progress("Converting", unit="files") as advance:
+    with _console(ctx) as console, watched(console, "Converting", "files", "convert", out) as (_, advance):
         summary = conversion.convert(
             images, table, out, settings, workers=workers, scheduler=scheduler, repair=repair, progress=advance
         )
@@ -326,12 +327,13 @@ def predict(
     Exit status 0: complete; 3: complete, with fallbacks that predictions_problems.csv lists.
     """
     from training import predict as prediction
+    from training.monitor import watched
 
     if store is not None and images is not None:
         raise InputError("predict takes --store or --images, not both.")
     if store is None and images is None:
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
-    with _console(ctx) as console, console.progress("Predicting", unit="images") as advance:
+    with _console(ctx) as console, watched(console, "Predicting", "images", "predict") as (monitor, advance):
         summary = prediction.predict(
             list(runs) or ([] if model else [RUN]),
             out,
@@ -346,6 +348,7 @@ def predict(
             explain=explain,
             workers=workers,
             progress=advance,
+            monitor=monitor,
         )
     click.echo(summary)
     ctx.exit(summary.exit_code)

@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,8 +35,11 @@ from dali_pipes.loader import Loader
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.manifest import Store
 from preprocessing.tiles import decode_level
+from training.config import MonitorSettings
+from training.monitor import TrainingMonitor
 
 BATCH = 8
+WATCH = MonitorSettings(interval_s=0.25)  # seldom enough to cost a turn nothing that can be seen
 PROBED = ("512 zstd, host cache", "512 zstd", "conventional npy16")
 RATIOS = {
     "conventional_dicom_sv1": "conventional DICOM SV1",
@@ -145,7 +147,7 @@ def turn(row: Row, seconds: float, device: str) -> None:
     row.resume()
     assert row.stream is not None
     _settle(device)
-    with GpuWatch(device) as watch:
+    with TrainingMonitor(None, WATCH) as monitor:
         began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
         while count < 2 * BATCH or time.perf_counter() - began < seconds:
             next(row.stream)
@@ -154,7 +156,7 @@ def turn(row: Row, seconds: float, device: str) -> None:
         spent = time.perf_counter() - began
     row.rates.append(count / spent)
     row.cpu_ms.append((_cpu_seconds() - cpu) / count * 1e3)
-    row.gpu.append(watch.utilisation)
+    row.gpu.append(monitor.summary().get("gpu0.utilisation_mean", float("nan")) if device != "cpu" else float("nan"))
     row.pause()
     _idle()
 
@@ -186,38 +188,6 @@ def _cpu_seconds() -> float:
             continue
         total += used.user + used.system
     return total
-
-
-class GpuWatch:
-    """Mean utilisation of the GPU while it is open, by pynvml; NaN on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self._on, self._seen, self._done = device != "cpu", [], threading.Event()
-
-    def __enter__(self) -> GpuWatch:
-        if self._on:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        if self._on:
-            self._thread.join()
-
-    @property
-    def utilisation(self) -> float:
-        """Per cent."""
-        return statistics.fmean(self._seen) if self._seen else float("nan")
-
-    def _watch(self) -> None:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        while not self._done.wait(0.05):
-            self._seen.append(float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu))
-        pynvml.nvmlShutdown()
 
 
 def probe(data: Benchmarked, name: str, device: str, threads: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import logging.handlers
+import math
 import sys
 import time
 import uuid
@@ -17,11 +18,13 @@ from rich.console import Console as RichConsole
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from preprocessing.progress import Progress as State
 
 PACKAGES = ("preprocessing", "dali_pipes", "training")
 PLAIN_EVERY_S = 10.0  # between two plain progress lines, where there is no terminal
+LIVE_EVERY_S = 1.0  # between two looks at the figures under a bar: reading a loss makes a GPU's queue run dry
 LOG_BYTES, LOG_FILES = 5_000_000, 3
 
 
@@ -61,9 +64,9 @@ class Console:
                 logger.removeHandler(handler)
             handler.close()
 
-    def print(self, text: str) -> None:
-        """One line on the screen, and in the log."""
-        logging.getLogger("training").info(text)
+    def print(self, text: str, fields: Mapping[str, Any] | None = None) -> None:
+        """One line on the screen, and in the log; `fields` go into JSON logs beside the text."""
+        logging.getLogger("training").info(text, extra={"fields": dict(fields or {})})
 
     def heading(self, text: str) -> None:
         """The name of the step that begins."""
@@ -84,43 +87,50 @@ class Console:
         out.print(shown)
 
     @contextmanager
-    def progress(self, label: str, unit: str = "files") -> Iterator[Callable[[State], None]]:
-        """A progress bar; call what it gives with each new state."""
+    def progress(
+        self, label: str, unit: str = "files", figures: Callable[[], str] | None = None
+    ) -> Iterator[Callable[[State], None]]:
+        """A progress bar; call what it gives with each new state.
+
+        Args:
+            label: what is being done.
+            unit: of the things that are counted.
+            figures: more to show beside the rate; asked only when it is shown, at most once a second.
+        """
         if self.quiet:
             yield lambda state: None
         elif self.live:
-            with self._bar() as bar:
-                task = bar.add_task(label, total=None, unit=unit, extra="")
-                start = time.monotonic()
-                yield lambda state: bar.update(
-                    task,
-                    total=state.total,
-                    completed=state.done,
-                    extra=_rates(state, unit, time.monotonic() - start),
-                )
+            with _Bar(self._screen) as bar:
+                yield self._live(bar, label, unit, figures)
         else:
-            yield self._plain(label, unit)
+            yield self._plain(label, unit, figures)
 
-    def _bar(self) -> Progress:
-        return Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=32),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}  {task.fields[extra]}", style="dim"),
-            TimeRemainingColumn(),
-            console=self._screen,
-        )
-
-    def _plain(self, label: str, unit: str) -> Callable[[State], None]:
-        start = shown = time.monotonic()
+    def _live(self, bar: _Bar, label: str, unit: str, figures: Callable[[], str] | None) -> Callable[[State], None]:
+        task, pace, shown = bar.add_task(label, total=None, unit=unit), _Pace(), -math.inf
 
         def advance(state: State) -> None:
             nonlocal shown
             now = time.monotonic()
-            if state.done == state.total or now - shown >= PLAIN_EVERY_S:
+            pace.note(state, now)
+            if state.done >= state.total or now - shown >= LIVE_EVERY_S:
                 shown = now
-                self.print(f"{label}: {state.done} of {state.total} {unit}, {_rates(state, unit, now - start)}")
+                bar.figures = _joined(pace.text(state, unit), figures() if figures else "")
+            bar.update(task, total=state.total, completed=state.done)
+
+        return advance
+
+    def _plain(self, label: str, unit: str, figures: Callable[[], str] | None) -> Callable[[State], None]:
+        pace, shown = _Pace(), time.monotonic()
+
+        def advance(state: State) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            pace.note(state, now)
+            if state.done >= state.total or now - shown >= PLAIN_EVERY_S:
+                shown = now
+                told = _joined(pace.text(state, unit), pace.left(state), figures() if figures else "")
+                fields = {"label": label, "done": state.done, "total": state.total, "unit": unit}
+                self.print(f"{label}: {_joined(f'{state.done} of {state.total} {unit}', told)}", fields)
 
         return advance
 
@@ -157,6 +167,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "module": record.name,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -175,14 +186,71 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         return super()._open()
 
 
-def _rates(state: State, unit: str, seconds: float) -> str:
-    rate = state.done / max(seconds, 1e-6)
-    parts = [f"{rate:.1f} {unit}/s"]
-    if state.bytes:
-        parts.append(f"{state.bytes / 1e6 / max(seconds, 1e-6):.1f} MB/s")
-    if state.rejected:
-        parts.append(f"{state.rejected} rejected")
-    return ", ".join(parts)
+class _Bar(Progress):
+    """A bar with its figures on a line of their own, which wraps where the terminal is narrow."""
+
+    def __init__(self, screen: RichConsole) -> None:
+        self.figures = ""
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}", style="dim"),
+            TextColumn("ETA", style="dim"),
+            TimeRemainingColumn(),
+            console=screen,
+        )
+
+    def get_renderables(self) -> Iterator[Any]:
+        yield from super().get_renderables()
+        if self.figures:
+            yield Text(f"  {self.figures}", style="dim")
+
+
+class _Pace:
+    """How fast a job goes, from its first state on: what a continued run did before is not this one's."""
+
+    def __init__(self) -> None:
+        self._first: State | None = None
+        self._start = self._now = 0.0
+
+    def note(self, state: State, now: float) -> None:
+        """Take note of a state at `now`, in seconds."""
+        self._now = now
+        if self._first is None:
+            self._first, self._start = state, now
+
+    def text(self, state: State, unit: str) -> str:
+        """Rates, and how many were rejected."""
+        rate, parts = self._rate(state.done, "done"), []
+        if rate:
+            parts.append(f"{rate:.1f} {unit}/s")
+        if state.bytes and (traffic := self._rate(state.bytes, "bytes")):
+            parts.append(f"{traffic / 1e6:.1f} MB/s")
+        if state.rejected:
+            parts.append(f"{state.rejected} rejected")
+        return ", ".join(parts)
+
+    def left(self, state: State) -> str:
+        """The time that the rest will take, at the same rate."""
+        rate = self._rate(state.done, "done")
+        return f"{clock((state.total - state.done) / rate)} left" if rate and state.done < state.total else ""
+
+    def _rate(self, count: float, name: str) -> float:
+        seconds = self._now - self._start
+        return (count - getattr(self._first, name)) / seconds if seconds > 0.1 else 0.0  # of less, a rate says nothing
+
+
+def clock(seconds: float) -> str:
+    """A duration as 0:09, 12:30 or 3:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from training import calibration, metrics, runs
 from training.calibration import Calibration
 from training.device import pick_device, pick_precision
 from training.runs import FoldRun
+from training.timing import Untimed, timed
 
 # Settings of a conversion that change what a model sees; the others only change how tiles are kept.
 DECISIVE = ("levels", "crop", "crop_margin", "frame")
@@ -91,7 +93,12 @@ class Ensemble:
         return max(max(group.pipeline.height, group.pipeline.width) for group in self.groups)
 
     def predict(
-        self, store: Store, rows: pd.DataFrame, tta: bool = False, done: Callable[[int], None] | None = None
+        self,
+        store: Store,
+        rows: pd.DataFrame,
+        tta: bool = False,
+        done: Callable[[int], None] | None = None,
+        monitor: Any = None,
     ) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Predict a set of pictures.
 
@@ -100,6 +107,7 @@ class Ensemble:
             rows: of a manifest, with a fresh index.
             tta: average each prediction with that of the picture's left-right mirror image.
             done: told the number of rows that all groups have finished since it was last told.
+            monitor: times the wait for batches, their transfer and the models.
 
         Returns:
             Each run's probability, the mean of its folds, float64 [rows, runs], NaN where there is none; and, by the
@@ -109,7 +117,7 @@ class Ensemble:
         counts = np.zeros(len(self.names))
         faults: dict[int, str] = {}
         for last, group in zip([*[False] * (len(self.groups) - 1), True], self.groups, strict=True):
-            for index, found in self._run_group(group, store, rows, tta, faults):
+            for index, found in self._run_group(group, store, rows, tta, faults, monitor or Untimed()):
                 for member, probabilities in zip(group.members, found, strict=True):
                     sums[index, member.run] += probabilities
                 if last and done:
@@ -141,7 +149,7 @@ class Ensemble:
         return pd.Series(self.calibration(breasts.clip(0, 1)), breasts.index)
 
     def _run_group(
-        self, group: Group, store: Store, rows: pd.DataFrame, tta: bool, faults: dict[int, str]
+        self, group: Group, store: Store, rows: pd.DataFrame, tta: bool, faults: dict[int, str], monitor: Any
     ) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float64]]]]:
         """Positions, int64 [B], and each member's probabilities, float64 [B], NaN where damaged; batch by batch."""
         from dali_pipes.loader import Loader
@@ -149,10 +157,12 @@ class Ensemble:
         device = str(self.device)
         loader = Loader(store, rows, group.pipeline, group.loader, seed=group.seed, train=False, device=device)
         with loader:
-            for batch in loader.epoch(0):
-                image = batch["image"].to(self.device, non_blocking=True)
-                ok = batch["ok"].cpu().numpy()
-                found = [self._probabilities(member, image, tta).cpu().numpy() for member in group.members]
+            for batch in timed(loader.epoch(0), monitor, "data"):
+                with monitor.time("transfer"):
+                    image = batch["image"].to(self.device, non_blocking=True)
+                    ok = batch["ok"].cpu().numpy()
+                with monitor.time("compute"):
+                    found = [self._probabilities(member, image, tta).cpu().numpy() for member in group.members]
                 yield batch["index"].cpu().numpy(), [np.where(ok, each.astype(np.float64), np.nan) for each in found]
             faults |= loader.bad_samples
 

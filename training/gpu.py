@@ -1,6 +1,6 @@
 """What NVML says of the GPUs, through pynvml; nothing where there is no driver, and less where a figure is not had.
 
-Units: percent, MiB, watts, joules, degrees Celsius, MHz, MiB/s.
+Units: percent, MiB, watts, joules since the reader was opened, degrees Celsius, MHz, MiB/s.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class GpuReader:
     def __init__(self, nvml: Any = None) -> None:
         """`nvml`: the pynvml module, or something that answers like it (tests)."""
         self._handles: list[Any] = []
+        self._energy: dict[
+            int, float
+        ] = {}  # of each GPU when it was first read: the counter runs since the driver's load
         self.problem = ""
         try:
             self._nvml = nvml or _import_pynvml()
@@ -63,7 +66,7 @@ class GpuReader:
 
     def read(self) -> list[dict[str, Any]]:
         """One reading of each GPU; a figure that a GPU does not give is left out, and a lost GPU says so."""
-        return [self._read_one(handle) for handle in self._handles]
+        return [self._read_one(index, handle) for index, handle in enumerate(self._handles)]
 
     def close(self) -> None:
         """Let go of NVML."""
@@ -71,7 +74,7 @@ class GpuReader:
             self._try(self._nvml.nvmlShutdown)
             self._handles = []
 
-    def _read_one(self, handle: Any) -> dict[str, Any]:
+    def _read_one(self, index: int, handle: Any) -> dict[str, Any]:
         nvml, get = self._nvml, self._try
         memory = get(nvml.nvmlDeviceGetMemoryInfo, handle)
         if memory is None:
@@ -86,7 +89,7 @@ class GpuReader:
             "memory_mb": _mib(memory, "used"),
             "utilisation": getattr(rates, "gpu", None),
             "power_w": power / 1000 if power is not None else None,
-            "energy_j": energy / 1000 if energy is not None else None,
+            "energy_j": (energy - self._energy.setdefault(index, energy)) / 1000 if energy is not None else None,
             "temperature_c": get(nvml.nvmlDeviceGetTemperature, handle, getattr(nvml, "NVML_TEMPERATURE_GPU", 0)),
             "sm_clock_mhz": get(nvml.nvmlDeviceGetClockInfo, handle, getattr(nvml, "NVML_CLOCK_SM", 1)),
             "decoder": decoder[0] if decoder else None,

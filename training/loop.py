@@ -6,7 +6,7 @@ Nothing between two steps waits for the device: losses are added up there and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from preprocessing.errors import RunError
 from training.losses import Loss
 from training.model import MammoModel
+from training.timing import timed
 
 Batch = dict[str, Tensor]
 
@@ -213,17 +214,6 @@ class FiniteGuard:
 def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
     """A seed for torch's generators that follows from the position alone."""
     return int(np.random.SeedSequence((seed, epoch, batch, rank)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def timed(batches: Iterable[Batch], monitor: Any, name: str) -> Iterator[Batch]:
-    """The batches, the wait for each one timed."""
-    iterator = iter(batches)
-    while True:
-        with monitor.time(name):
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch
 
 
 def _without_exchange(module: nn.Module, unless: bool) -> AbstractContextManager[Any]:

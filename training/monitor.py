@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from preprocessing.progress import Progress
+from training.advice import Job, advise
 from training.config import MonitorSettings
+from training.console import Console
 from training.gpu import GpuReader
 from training.runs import RECORDS, plain
 from training.trackers import Tracker, numbers
 
-STARVING = 0.10  # share of the time spent waiting for data above which the loader is what limits a run
+log = logging.getLogger(__name__)
 
 
 class TrainingMonitor:
     """Samples resources in the background, times phases, and writes records to metrics.jsonl and the trackers.
 
-    Use as a context manager. It never fails a job: where there is no NVIDIA driver it watches the rest.
+    Use as a context manager. It never fails a job: where there is no NVIDIA driver it watches the rest, and a tracker
+    that fails is dropped with a warning.
     """
 
     def __init__(
@@ -33,17 +39,21 @@ class TrainingMonitor:
         settings: MonitorSettings,
         trackers: Sequence[Tracker] = (),
         nvml: Any = None,
+        job: Job = "train",
     ) -> None:
         """
         Args:
-            directory: where metrics.jsonl is; None writes no file.
+            directory: where metrics.jsonl is; nothing is written before the folder is there. None writes no file.
             settings: how often to sample.
             trackers: further sinks of the figures.
             nvml: the pynvml module, or something that answers like it.
+            job: what is watched; the advice depends on it.
         """
         self._path = directory / RECORDS if directory is not None else None
         self._interval = settings.interval_s
-        self._trackers = trackers
+        self._trackers = list(trackers)
+        self._job: Job = job
+        self._cores = len(os.sched_getaffinity(0))
         self._gpus = GpuReader(nvml)
         self._lock = threading.Lock()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -51,7 +61,7 @@ class TrainingMonitor:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._peaks: dict[str, float] = {}
         self._latest: dict[str, Any] = {}
-        self._slowed: set[str] = set()
+        self._slowed: Counter[str] = Counter()
         self._step = 0
 
     def __enter__(self) -> TrainingMonitor:
@@ -65,8 +75,9 @@ class TrainingMonitor:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
-        if self._samples:
-            self.log("summary", self.summary())
+        if not self._samples:  # a job that is over before the first sample was due
+            self._take()
+        self.log("summary", self.summary())
         for tracker in self._trackers:
             tracker.close()
         self._gpus.close()
@@ -76,12 +87,16 @@ class TrainingMonitor:
         self._step = int(record.get("step", self._step))
         line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), "step": self._step, **record}))
         with self._lock:
-            if self._path is not None:
+            if self._path is not None and self._path.parent.is_dir():
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             figures = numbers({name: value for name, value in record.items() if name != "step"})
-            for tracker in self._trackers:
-                tracker.log(kind, figures, self._step)
+            for tracker in list(self._trackers):
+                try:
+                    tracker.log(kind, figures, self._step)
+                except Exception as error:  # noqa: BLE001 - a server that is away; each tracker has errors of its own
+                    self._trackers.remove(tracker)
+                    log.warning("%s failed and is left out from here on: %s", type(tracker).__name__, error)
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -96,44 +111,59 @@ class TrainingMonitor:
         """The latest sample; empty before the first."""
         return dict(self._latest)
 
+    def line(self) -> str:
+        """The latest sample in a few words, for the screen: cores, RAM, and each GPU's utilisation and memory."""
+        sample = self._latest
+        if not sample:
+            return ""
+        words = [f"{sample['cpu_percent'] / 100:.1f} of {self._cores} cores", f"RAM {_gib(sample['rss_mb'])}"]
+        for name, gpu in sample.items():
+            if isinstance(gpu, dict):
+                busy = f"{gpu['utilisation']:.0f} % " if "utilisation" in gpu else ""
+                words.append(f"{name.upper()} {'lost' if gpu.get('lost') else busy + _gib(gpu['memory_mb'])}")
+        return ", ".join(words)
+
     def summary(self) -> dict[str, Any]:
         """Means and peaks of every figure, shares of the phases, and one sentence on what limits the job."""
         with self._lock:
             means = {f"{name}_mean": total / self._samples for name, total in self._sums.items() if self._samples}
             figures = means | {f"{name}_peak": peak for name, peak in self._peaks.items()}
+            slowed = {reason: count / self._samples for reason, count in self._slowed.items()}
         total = sum(self._seconds.values())
         shares = {phase: seconds / total for phase, seconds in self._seconds.items()} if total else {}
-        figures = {**{name: round(value, 2) for name, value in sorted(figures.items())}, "samples": self._samples}
-        return {**figures, "shares": {k: round(v, 4) for k, v in shares.items()}, "advice": self._advice(shares, means)}
+        return {
+            **{name: round(value, 2) for name, value in sorted(figures.items())},
+            "samples": self._samples,
+            "shares": {phase: round(share, 4) for phase, share in shares.items()},
+            "advice": advise(shares, means, slowed, self._cores, self._job),
+        }
 
-    def _advice(self, shares: Mapping[str, float], means: Mapping[str, float]) -> str:
-        waiting = shares.get("data", 0.0)
-        utilisation = [value for name, value in means.items() if name.startswith("gpu") and "utilisation" in name]
-        if not shares:
-            return "Nothing was timed."
-        if self._slowed:
-            return f"The GPU is held down by its {', '.join(sorted(self._slowed))}: look at cooling and power limits."
-        if waiting > STARVING:
-            return (
-                f"{waiting:.0%} of the time is spent waiting for data, which limits this run: try "
-                "data.loader.cache=host, more data.loader.threads, or a store with codec none."
-            )
-        if shares.get("transfer", 0.0) > STARVING:
-            share = f"{shares['transfer']:.0%}"
-            return f"{share} of the time goes into copying batches to the device: a larger batch may help."
-        if utilisation and sum(utilisation) / len(utilisation) < 70:
-            return "Data comes in time but the GPU idles between kernels: try a larger batch or model.compile=true."
-        return f"The model itself limits this run; only {waiting:.1%} of the time is spent waiting for data."
+    def outcome(self) -> str:
+        """The summary for a person: means, peaks and the advice, a line or two."""
+        found = self.summary()
+        words = [
+            f"{found['cpu_percent_mean'] / 100:.1f} of {self._cores} cores on average",
+            f"at most {_gib(found['rss_mb_peak'])} of RAM",
+        ]
+        words += [
+            f"{name.split('.')[0].upper()} {value:.0f} % on average"
+            for name, value in found.items()
+            if name.endswith(".utilisation_mean")
+        ]
+        return f"Used {', '.join(words)}. {found['advice']}"
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
-            try:
-                sample = self._sample()
-            except psutil.Error:  # the process tree changed under the reader
-                continue
-            self._latest = sample
-            self._count(sample)
-            self.log("resources", sample)
+            self._take()
+
+    def _take(self) -> None:
+        try:
+            sample = self._sample()
+        except psutil.Error:  # the process tree changed under the reader
+            return
+        self._latest = sample
+        self._count(sample)
+        self.log("resources", sample)
 
     def _sample(self) -> dict[str, Any]:
         sample = self._counters.read()
@@ -146,7 +176,20 @@ class TrainingMonitor:
             for name, value in numbers(sample).items():
                 self._sums[name] += value
                 self._peaks[name] = max(value, self._peaks.get(name, value))
-            self._slowed |= {v["slowed_by"] for v in sample.values() if isinstance(v, dict) and "slowed_by" in v}
+            self._slowed.update({v["slowed_by"] for v in sample.values() if isinstance(v, dict) and "slowed_by" in v})
+
+
+@contextmanager
+def watched(
+    console: Console, label: str, unit: str, job: Job, directory: Path | None = None
+) -> Iterator[tuple[TrainingMonitor, Callable[[Progress], None]]]:
+    """Watch a job that is no training: its monitor, and what shows progress with the monitor's figures beside it."""
+    with (
+        TrainingMonitor(directory, MonitorSettings(), job=job) as monitor,
+        console.progress(label, unit, monitor.line) as advance,
+    ):
+        yield monitor, advance
+    console.print(monitor.outcome())
 
 
 class _Counters:
@@ -187,3 +230,7 @@ class _Counters:
         moved = network.bytes_sent + network.bytes_recv if network else 0
         mib = 2**20
         return {"cpu": cpu, "rss_mb": rss / mib, "read": read / mib, "write": write / mib, "network": moved / mib}
+
+
+def _gib(mib: float) -> str:
+    return f"{mib / 1024:.1f} GiB"

@@ -30,6 +30,7 @@ from training.ensemble import Ensemble, open_ensemble, require_same_conversion
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
 from training.submission import FACTS, Results, asked_by_store, asked_by_table, compose, judge
+from training.timing import Untimed, timed
 
 IMAGES = "predictions_images.csv"
 PROBLEMS = "predictions_problems.csv"
@@ -79,6 +80,7 @@ def predict(
     explain_threshold: float = 0.5,
     explain_method: Literal["attention", "gradcam"] = "attention",
     progress: Report | None = None,
+    monitor: Any = None,
 ) -> PredictSummary:
     """Write a submission from runs and pictures.
 
@@ -102,6 +104,7 @@ def predict(
         explain_threshold: of a picture's probability.
         explain_method: where the pooling looked, or what raised the probability.
         progress: told of the pictures done.
+        monitor: times the wait for pictures, their transfer and the models; see monitor.py.
 
     Raises:
         InputError: neither or both of `store` and `images`, runs and a model at once, `explain` of a model, or a table
@@ -139,7 +142,7 @@ def predict(
     if explain is not None:
         after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
     with chunks as taken:
-        results = _run(ensemble, taken, kept, len(asked), tta, progress, after)
+        results = _run(ensemble, taken, kept, len(asked), tta, progress, after, monitor or Untimed())
     written = compose(ensemble, judge(asked, results, store is not None), results, binary)
     runs.write_table(out.parent / IMAGES, written.pictures)
     runs.write_table(out.parent / PROBLEMS, written.problems)
@@ -173,6 +176,7 @@ def _run(
     tta: bool,
     progress: Report | None,
     after: Callable[[Chunk, NDArray[np.float64]], object] | None,
+    monitor: Any,
 ) -> Results:
     done, rejected = kept.position, sum(len(part.failed) for part in kept.parts)
 
@@ -182,13 +186,13 @@ def _run(
         if progress and more:
             progress(Progress(done, total, rejected))
 
-    for chunk in chunks:
+    for chunk in timed(chunks, monitor, "data"):
         failed = list(chunk.failed)
         rejected += len(failed)
         tell(len(failed))
         by_run, faults = np.zeros((0, len(ensemble.names))), {}
         if len(chunk.rows):
-            by_run, faults = ensemble.predict(chunk.store, chunk.rows, tta, tell)
+            by_run, faults = ensemble.predict(chunk.store, chunk.rows, tta, tell, monitor)
             rejected += len(faults)
         if after and len(chunk.rows):
             after(chunk, by_run)

@@ -21,7 +21,6 @@ import yaml
 
 from preprocessing.errors import RunError
 from preprocessing.manifest import Store, write_atomically
-from training import checkpoint
 from training.config import Config, dump, validate
 
 if TYPE_CHECKING:
@@ -144,6 +143,8 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         was["batch_size"] = now["batch_size"]
     if saved["train"].get("auto_batch") and wanted["train"]["auto_batch"]:  # the size that was found stays
         was["batch_size"] = now["batch_size"]
+    from training import checkpoint  # brings torch, which those that only read or watch a run do without
+
     found = checkpoint.differences(saved, wanted)
     begun_on = environment.get("store_fingerprint")
     if begun_on != store.fingerprint:

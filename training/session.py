@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from preprocessing.progress import Progress
 from training import checkpoint, metrics, runs
 from training.build import build_parts
 from training.config import Config
+from training.console import clock
 from training.distributed import World
 from training.environment import describe
 from training.loop import Batch, FiniteGuard, Position, train_epoch, validate
@@ -88,6 +89,7 @@ class Session:
         self.spent = 0.0  # seconds of training before this process
         self.loader: Any = None
         self.damaged = 0  # tiles that loaders of earlier sizes could not use
+        self._last_epoch: dict[str, Any] = {}  # the record of the epoch that this process trained last
 
     def __enter__(self) -> Session:
         self._resources = contextlib.ExitStack()
@@ -115,7 +117,7 @@ class Session:
             )
             self.at.loss_sum = torch.zeros((), device=device)
             self._begin(saved, weights)
-            self.monitor = stack.enter_context(open_monitor(self.folder, config, self.place))
+            self.monitor = stack.enter_context(open_monitor(self.folder, config, self.place, self.at.step))
             self._resources = stack.pop_all()
         return self
 
@@ -131,7 +133,8 @@ class Session:
             self._open_loader(training_pipeline(self.config, self.at.epoch))
             began, waited = time.monotonic(), self.loader.wait_s
             first = self.at.batch
-            with self._progress() as self._advance:
+            self._epoch_from = began, waited
+            with self._progress(self._figures) as self._advance:
                 train_epoch(self.parts, self._batches(), self.at, self.monitor, self._after_step)
             seconds = time.monotonic() - began
             record = {
@@ -154,12 +157,29 @@ class Session:
         loader = open_loader(self.store, self.training, config, train=True, device=self.device, place=self.place)
         self.loader, self._pipeline = self._loaders.enter_context(loader), pipeline
 
-    def _progress(self) -> AbstractContextManager[Callable[[Progress], None]]:
-        """The epoch's bar, on the first process's screen."""
+    def _progress(
+        self, figures: Callable[[], str], doing: str = ""
+    ) -> AbstractContextManager[Callable[[Progress], None]]:
+        """A bar over an epoch's images, on the first process's screen."""
         if self.console is None or not self.place.is_main:
             return contextlib.nullcontext(lambda state: None)
-        best = "" if self.best.epoch < 0 else f" (best {self.config.train.metric} {self.best.value:.3f})"
-        return self.console.progress(f"Epoch {self.at.epoch + 1} of {self.config.train.epochs}{best}", unit="batches")
+        label = f"Epoch {self.at.epoch + 1} of {self.config.train.epochs}{doing}"
+        return self.console.progress(label, unit="images", figures=figures)
+
+    def _figures(self) -> str:
+        """How the epoch goes, for the screen. Reading the loss waits for the device: the screen asks once a second."""
+        at, (began, waited), now = self.at, self._epoch_from, time.monotonic()
+        words = [f"step {at.step}", f"loss {float(at.loss_sum) / max(at.batch, 1):.4f}"]
+        if self._last_epoch:
+            words.append(f"AUROC {self._last_epoch['auroc']:.3f}")
+        if self.best.epoch >= 0:
+            words.append(f"best {self.config.train.metric} {self.best.value:.3f} (epoch {self.best.epoch + 1})")
+        words.append(f"{(self.loader.wait_s - waited) / max(now - began, 1e-9):.0%} waiting for data")
+        words.append(self.monitor.line())
+        if self._last_epoch:
+            left = self._last_epoch["seconds"] * (self.config.train.epochs - at.epoch) - (now - began)
+            words.append(f"run {clock(max(left, 0))} left")
+        return ", ".join(word for word in words if word)
 
     def _batches(self) -> Iterator[Batch]:
         batches = self.loader.epoch(self.at.epoch, start_step=self.at.batch)
@@ -171,7 +191,7 @@ class Session:
     def _after_step(self, at: Position, guard: FiniteGuard) -> None:
         """Between two steps: a record now and then, a checkpoint when it is due, and the way out."""
         settings = self.config.train
-        self._advance(Progress(at.batch, at.batches))
+        self._advance(Progress(at.batch * self._global_batch(), at.batches * self._global_batch()))
         if at.step % LOG_EVERY == 0:
             guard.check()
             self.monitor.log(
@@ -211,6 +231,7 @@ class Session:
             "memory_mb": round(_peak_memory(self.device) / 2**20, 1),
             "bad_samples": bad + self.damaged + len(self.loader.bad_samples),
         }
+        self._last_epoch = record
         self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
         if self.place.is_main:
             if is_best:
@@ -232,13 +253,22 @@ class Session:
     def _validate(self) -> tuple[pd.DataFrame, float, int]:
         """The held-out pictures with their predictions, the mean loss, and how many tiles were damaged."""
         self.place.share_buffers(self.parts.judged)
-        found = self.place.gather(validate(self.parts, self.validation.epoch(0), self.monitor))
+        with self._progress(self.monitor.line, ", validation") as advance:
+            found = self.place.gather(validate(self.parts, self._told(self.validation.epoch(0), advance), self.monitor))
         index = np.concatenate([part.index for part in found])
         rows = self.held_out.iloc[index].assign(prediction=np.concatenate([part.prediction for part in found]))
         ok = np.concatenate([part.ok for part in found])
         known = sum(part.known for part in found)
         loss = sum(part.loss_sum for part in found) / known if known else float("nan")
         return rows[ok].sort_values(["patient_id", "image_id"]), loss, int((~ok).sum())
+
+    def _told(self, batches: Iterable[Batch], advance: Callable[[Progress], None]) -> Iterator[Batch]:
+        """The batches of a validation, each told to the screen when the next one is asked for."""
+        done, total = 0, len(self.held_out)
+        for batch in batches:
+            yield batch
+            done = min(done + len(batch["index"]) * self.place.size, total)
+            advance(Progress(done, total))
 
     def _keep_best(self, predictions: pd.DataFrame, record: dict[str, Any]) -> None:
         table = predictions[[column for column in runs.VALIDATION_COLUMNS if column in predictions]]
@@ -379,11 +409,11 @@ def open_loader(
     )
 
 
-def open_monitor(folder: Path, config: Config, place: World) -> Any:
-    """The monitor of this process; only the first one writes."""
+def open_monitor(folder: Path, config: Config, place: World, step: int = 0) -> Any:
+    """The monitor of this process; only the first one writes. `step` is where a run goes on, 0 for a new one."""
     from training.monitor import TrainingMonitor
     from training.trackers import open_trackers
 
     if not place.is_main:
         return TrainingMonitor(None, config.monitor, [])
-    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config))
+    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config, step))

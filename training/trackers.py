@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.errors import ConfigError
+from training import runs
 from training.config import Config
 
 
@@ -22,12 +23,12 @@ class Tracker:
 
 
 class TensorBoardTracker(Tracker):
-    """TensorBoard events under `folder`."""
+    """TensorBoard events under `folder`. A run that goes on at `step` hides what was written after it before."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def log(self, kind: str, figures: Mapping[str, float], step: int) -> None:  # noqa: D102 - as the base says
         for name, value in figures.items():
@@ -40,14 +41,18 @@ class TensorBoardTracker(Tracker):
 class MLflowTracker(Tracker):
     """An MLflow run, where MLFLOW_TRACKING_URI says."""
 
-    def __init__(self, name: str, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, parameters: Mapping[str, Any], identity: str | None = None) -> None:
+        """`identity`: of the run to go on with; a new one begins without it."""
         try:
             import mlflow  # pyright: ignore[reportMissingImports] - an extra
         except ImportError:
             raise ConfigError("monitor.mlflow: needs MLflow; install it with: pip install mlflow-skinny") from None
         self._mlflow = mlflow
-        mlflow.start_run(run_name=name)
-        mlflow.log_params({key: str(value)[:500] for key, value in parameters.items()})
+        self.identity: str = mlflow.start_run(run_id=identity, run_name=name).info.run_id
+        if identity is None:
+            cells = [(key, str(value)[:500]) for key, value in parameters.items()]
+            for start in range(0, len(cells), 100):  # the most that its API takes at once
+                mlflow.log_params(dict(cells[start : start + 100]))
 
     def log(self, kind: str, figures: Mapping[str, float], step: int) -> None:  # noqa: D102
         self._mlflow.log_metrics({f"{kind}.{name}": value for name, value in figures.items()}, step=step)
@@ -59,12 +64,16 @@ class MLflowTracker(Tracker):
 class WandbTracker(Tracker):
     """A Weights & Biases run."""
 
-    def __init__(self, name: str, folder: Path, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, folder: Path, parameters: Mapping[str, Any], identity: str | None = None) -> None:
+        """`identity`: of the run to go on with; a new one begins without it."""
         try:
             import wandb  # pyright: ignore[reportMissingImports] - an extra
         except ImportError:
             raise ConfigError("monitor.wandb: needs Weights & Biases; install it with: pip install wandb") from None
-        self._run = wandb.init(project="mammopipe", name=name, dir=str(folder), config=dict(parameters))
+        self._run = wandb.init(
+            project="mammopipe", name=name, dir=str(folder), config=dict(parameters), id=identity, resume="allow"
+        )
+        self.identity: str = self._run.id
 
     def log(self, kind: str, figures: Mapping[str, float], step: int) -> None:  # noqa: D102
         self._run.log({f"{kind}/{name}": value for name, value in figures.items()} | {"step": step})
@@ -73,21 +82,31 @@ class WandbTracker(Tracker):
         self._run.finish()
 
 
-def open_trackers(folder: Path, config: Config) -> Sequence[Tracker]:
-    """The trackers that the configuration asks for, for a fold's folder.
+def open_trackers(folder: Path, config: Config, step: int = 0) -> Sequence[Tracker]:
+    """The trackers that the configuration asks for.
+
+    Args:
+        folder: of a fold. `trackers.json` there keeps what MLflow and W&B call the run, for when it goes on.
+        config: says which.
+        step: where a run goes on; 0 for a new one.
 
     Raises:
         ConfigError: one is asked for whose package is not installed.
     """
     trackers: list[Tracker] = []
     name, parameters = f"{folder.parent.name}-{folder.name}", flatten(config.model_dump(mode="json"))
+    path = folder / "trackers.json"
+    known = runs.read_json(path) if step and path.is_file() else {}
     if config.monitor.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard"))
+        trackers.append(TensorBoardTracker(folder / "tensorboard", step))
+    named: dict[str, MLflowTracker | WandbTracker] = {}
     if config.monitor.mlflow:
-        trackers.append(MLflowTracker(name, parameters))
+        named["mlflow"] = MLflowTracker(name, parameters, known.get("mlflow"))
     if config.monitor.wandb:
-        trackers.append(WandbTracker(name, folder, parameters))
-    return trackers
+        named["wandb"] = WandbTracker(name, folder, parameters, known.get("wandb"))
+    if named:
+        runs.write_json(path, {kind: tracker.identity for kind, tracker in named.items()})
+    return [*trackers, *named.values()]
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

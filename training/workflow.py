@@ -25,6 +25,7 @@ from training import evaluate as evaluation
 from training import fit, folds, predict, report, runs
 from training.config import Config
 from training.console import Console
+from training.monitor import watched
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def run_all(job: Job, console: Console) -> Outcome:
 
 
 def _convert(job: Job, console: Console) -> conversion.ConvertSummary:
-    with console.progress("Converting", unit="files") as advance:
+    with watched(console, "Converting", "files", "convert", job.store) as (_, advance):
         return conversion.convert(job.images, job.table, job.store, job.settings, progress=advance)
 
 
@@ -137,7 +138,7 @@ def _train(job: Job, store: Store, fold: int, console: Console) -> fit.FitSummar
 
 
 def _predict(job: Job, console: Console) -> predict.PredictSummary:
-    with console.progress("Predicting", unit="images") as advance:
+    with watched(console, "Predicting", "images", "predict") as (monitor, advance):
         return predict.predict(
             [job.run],
             job.submission,
@@ -146,6 +147,7 @@ def _predict(job: Job, console: Console) -> predict.PredictSummary:
             csv=job.test_table,
             device=job.config.train.device,
             progress=advance,
+            monitor=monitor,
         )
 
 

@@ -156,6 +156,9 @@ class FakeMonitor:
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind, **record}) + "\n")
 
+    def line(self):
+        return ""
+
     def summary(self):
         return {}
 
@@ -178,7 +181,7 @@ def use_fakes(monkeypatch=None):
     """Put the stand-ins in the place of Loader and monitor."""
     put = monkeypatch.setattr if monkeypatch else setattr
     put(session, "open_loader", open_fake_loader)
-    put(session, "open_monitor", lambda folder, config, place: FakeMonitor(folder if place.is_main else None))
+    put(session, "open_monitor", lambda folder, config, place, step: FakeMonitor(folder if place.is_main else None))
     FakeLoader.served.clear()
 
 

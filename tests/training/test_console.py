@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
+
+import pytest
+from rich.console import Console as RichConsole
 
 from preprocessing.progress import Progress
+from tests.training import fakes
+from training import fit
 from training.console import Console
+from training.console import clock as clock_text
 
 
 def test_log_file_is_made_with_the_first_line_and_carries_the_run_id(tmp_path, capsys):
@@ -62,3 +70,76 @@ def test_table_shows_every_cell_on_standard_output(capsys):
     out = capsys.readouterr().out
     assert "0.9877" in out
     assert "pf1" in out
+
+
+def test_figures_are_shown_beside_the_rate_and_asked_only_when_shown(capsys, monkeypatch):
+    clock, asked = [0.0], []
+    monkeypatch.setattr("training.console.time.monotonic", lambda: clock[0])
+
+    def figures() -> str:
+        asked.append(clock[0])
+        return f"loss {clock[0] / 100:.2f}"
+
+    with Console() as console, console.progress("Epoch 1 of 2", "images", figures) as advance:
+        for second in range(1, 31):
+            clock[0] = float(second)
+            advance(Progress(8 * second, 240))
+    lines = [line.split(" I ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert asked == [10.0, 20.0, 30.0]
+    assert lines[0] == "Epoch 1 of 2: 80 of 240 images, 8.0 images/s, 0:20 left, loss 0.10"
+    assert lines[-1] == "Epoch 1 of 2: 240 of 240 images, 8.0 images/s, loss 0.30"
+
+
+def test_a_continued_job_is_not_credited_with_what_was_done_before(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("training.console.time.monotonic", lambda: clock[0])
+    with Console() as console, console.progress("Predicting", unit="images") as advance:
+        for done, second in ((1000, 1.0), (1010, 11.0)):
+            clock[0] = second
+            advance(Progress(done, 1010))
+    assert "1.0 images/s" in capsys.readouterr().err
+
+
+def test_json_logs_carry_progress_as_fields(capsys):
+    with Console(json_logs=True) as console, console.progress("Converting") as advance:
+        advance(Progress(5, 5))
+    line = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert {name: line[name] for name in ("label", "done", "total", "unit")} == {
+        "label": "Converting",
+        "done": 5,
+        "total": 5,
+        "unit": "files",
+    }
+
+
+def test_a_terminal_shows_a_bar_with_the_figures_under_it(monkeypatch):
+    shown = io.StringIO()
+    screen = RichConsole(file=shown, force_terminal=True, width=100, highlight=False)
+    monkeypatch.setattr("training.console.RichConsole", lambda **_: screen)
+    with Console() as console, console.progress("Epoch 1 of 2", "images", lambda: "loss 0.5") as advance:
+        assert console.live
+        advance(Progress(120, 240))
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+    assert "120/240 images" in plain
+    assert "\n  loss 0.5" in plain
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8.6, "0:09"), (750, "12:30"), (11100, "3:05:00")])
+def test_durations_read_like_a_clock(seconds, text):
+    assert clock_text(seconds) == text
+
+
+def test_a_run_tells_its_loss_while_an_epoch_runs(tmp_path, monkeypatch, capsys):
+    fakes.use_fakes(monkeypatch)
+    monkeypatch.setattr("training.console.PLAIN_EVERY_S", 0.0)
+    store = fakes.make_store(tmp_path / "store")
+    with Console() as console:
+        fit.fit(fakes.small_config(), store, 0, tmp_path / "run", console=console)
+    told = capsys.readouterr().err
+    steps = [float(part) for part in re.findall(r"Epoch 1 of 2: .*step \d+, loss ([\d.]+)", told)]
+    assert len(steps) == 12
+    records = [json.loads(line) for line in (tmp_path / "run/fold0/metrics.jsonl").read_text().splitlines()]
+    epoch = next(record for record in records if record["kind"] == "epoch")
+    assert steps[-1] == pytest.approx(epoch["train_loss"], abs=1e-4)  # the same mean over the epoch so far
+    assert re.search(r"Epoch 2 of 2: .* AUROC [01]\.\d+, best auroc .*, run \d+:\d\d left", told)
+    assert "Epoch 1 of 2, validation: 48 of 48 images" in told

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from preprocessing.progress import Progress
+from training.advice import advise
 from training.config import MonitorSettings
+from training.console import Console
 from training.gpu import GpuReader
-from training.monitor import TrainingMonitor
+from training.monitor import TrainingMonitor, watched
 from training.trackers import Tracker, flatten, numbers
 
 FAST = MonitorSettings(interval_s=0.02)
@@ -172,7 +178,7 @@ def test_summary_gives_means_and_peaks_of_every_figure():
         ({"data": 3.0, "compute": 7.0}, "30% of the time is spent waiting for data"),
         ({"data": 0.1, "transfer": 3.0, "compute": 7.0}, "copying batches"),
         ({"data": 0.1, "compute": 9.9}, "The model itself limits this run"),
-        ({}, "Nothing was timed"),
+        ({}, "Too short to be measured"),
     ],
 )
 def test_advice_tells_starvation_from_saturation(monkeypatch, seconds, expected):
@@ -183,6 +189,90 @@ def test_advice_tells_starvation_from_saturation(monkeypatch, seconds, expected)
         with monitor.time(phase):
             clock[0] += duration
     assert expected in monitor.summary()["advice"]
+
+
+TIMED = {"data": 0.01, "compute": 0.99}
+
+
+@pytest.mark.parametrize(
+    ("shares", "means", "slowed", "job", "expected"),
+    [
+        (TIMED, {"gpu0.utilisation_mean": 40.0}, {}, "train", "the GPU idles between kernels"),
+        (TIMED, {"gpu0.utilisation_mean": 95.0}, {}, "train", "The model itself limits this run"),
+        # Of several GPUs the busiest one is ours; the others' idling says nothing.
+        (TIMED, {"gpu0.utilisation_mean": 0.0, "gpu1.utilisation_mean": 95.0}, {}, "train", "The model itself"),
+        (TIMED, {"gpu0.utilisation_mean": 95.0}, {"power cap": 0.9}, "train", "held down by its power cap"),
+        (TIMED, {"gpu0.utilisation_mean": 95.0}, {"power cap": 0.1}, "train", "The model itself limits this run"),
+        # A starved GPU may well be capped now and then; what limits the run is the data.
+        ({"data": 0.5, "compute": 0.5}, {}, {"power cap": 0.9}, "train", "waiting for data"),
+        ({"data": 0.5, "compute": 0.5}, {}, {}, "predict", "--store"),
+        ({}, {"cpu_percent_mean": 390.0}, {}, "convert", "All 4 cores are busy"),
+        ({}, {"cpu_percent_mean": 100.0}, {}, "convert", "Only 25% of 4 cores are busy"),
+    ],
+)
+def test_advice_names_what_limits_the_job(shares, means, slowed, job, expected):
+    assert expected in advise(shares, means, slowed, cores=4, job=job)
+
+
+def test_energy_counts_from_the_first_reading():
+    nvml = SimulatedNvml(count=2)
+    used = {0: 5_000_000, 1: 7_000_000}  # millijoules since the driver was loaded
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: used[handle]
+    reader = GpuReader(nvml)
+    assert [gpu["energy_j"] for gpu in reader.read()] == [0, 0]
+    used[1] += 250_000
+    assert [gpu["energy_j"] for gpu in reader.read()] == [0, 250]
+
+
+class Failing(Kept):
+    def log(self, kind, figures, step):
+        raise OSError("the server is away")
+
+
+def test_a_tracker_that_fails_is_left_out_and_ends_nothing(tmp_path, caplog):
+    good = Kept()
+    with TrainingMonitor(tmp_path, MonitorSettings(interval_s=60), [Failing(), good]) as monitor:
+        monitor.log("epoch", {"step": 1, "auroc": 0.5})
+        monitor.log("epoch", {"step": 2, "auroc": 0.6})
+    assert [(kind, step) for kind, _, step in good.seen if kind == "epoch"] == [("epoch", 1), ("epoch", 2)]
+    assert len([record for record in caplog.records if "the server is away" in record.getMessage()]) == 1
+
+
+def test_a_job_shorter_than_the_interval_is_measured_once(tmp_path):
+    with TrainingMonitor(tmp_path, MonitorSettings(interval_s=60), nvml=SimulatedNvml()):
+        pass
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["resources", "summary"]
+
+
+def test_nothing_is_written_into_a_folder_that_is_not_there(tmp_path):
+    with TrainingMonitor(tmp_path / "store", MonitorSettings(interval_s=60)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_for_the_screen_has_cores_memory_and_gpus():
+    nvml = SimulatedNvml(count=2)
+    with TrainingMonitor(None, FAST, nvml=nvml) as monitor:
+        assert monitor.line() == ""
+        nvml.lost.add(1)
+        _wait_for_samples(monitor)
+        line = monitor.line()
+    assert re.match(r"\d+\.\d of \d+ cores, RAM \d+\.\d GiB, GPU0 50 % 1\.0 GiB, GPU1 lost$", line)
+
+
+def test_a_watched_job_ends_with_what_it_used(tmp_path, capsys):
+    with Console(tmp_path) as console, watched(console, "Converting", "files", "convert", tmp_path) as (_, advance):
+        advance(Progress(3, 3))
+    told = capsys.readouterr().err
+    assert "Converting: 3 of 3 files" in told
+    assert re.search(r"Used \d+\.\d of \d+ cores on average, at most \d+\.\d GiB of RAM", told)
+
+
+def test_watching_loads_no_torch():
+    code = "import sys, training.monitor, training.console; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_throttling_is_told():

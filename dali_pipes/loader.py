@@ -78,7 +78,7 @@ class Loader:
         self._labels = rows["cancer"].to_numpy(np.float32)
         weights, hard = (row_weights(rows, loader), hard_rows(rows, loader)) if train else (None, None)
         self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size, weights, hard)
-        self._open_source = partial(Source, store, rows, pipeline, arrays)
+        self._open_source, self._arrays = partial(Source, store, rows, pipeline), arrays
         self._settings, self._pipeline_settings = loader, pipeline
         self._device = torch.device(device)
         self._threads = loader.threads or len(os.sched_getaffinity(0))
@@ -166,14 +166,14 @@ class Loader:
         if settings.cache != "none":
             place = str(self._device) if on_device else "cpu"
             self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
-        self._source = self._open_source(self._cache, self._upload) if on_device else self._open_source(self._cache)
+        encoded = on_gpu and self._cache is None and self._arrays is None
+        self._source = self._open_source(self._arrays, self._cache, self._upload if on_device else None, encoded)
         fed = (self._next_fed, self._pipeline_settings, self._plan.batch_size, self._threads, settings.prefetch)
-        decoded = self._source.gives_arrays
         if on_gpu:
-            self._graph = operator_pipeline(*fed, self._device.index, decoded, on_device)
+            self._graph = operator_pipeline(*fed, self._device.index, not encoded, on_device)
         else:
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
-            self._graph = host_pipeline(*fed, self._pool, decoded)
+            self._graph = host_pipeline(*fed, self._pool)
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
         return torch.from_numpy(level.view(np.int16)).to(self._device)

@@ -33,21 +33,20 @@ def host_pipeline(
     threads: int,
     prefetch: int,
     pool: ThreadPoolExecutor,
-    decoded: bool = False,
 ) -> Pipeline:
-    """A pipeline without GPU: DALI feeds, decodes and prefetches, OpenCV does the steps.
+    """A pipeline without GPU: DALI feeds and prefetches, OpenCV does the steps on levels that the source decoded.
 
-    On a CPU OpenCV's warp takes a tenth of the time of DALI's, and one function for all steps keeps a sample in the
-    cache from the window to the normalisation.
+    On a CPU OpenCV's warp takes a tenth of the time of DALI's, imagecodecs' decoders half of that of DALI's, and one
+    function for all steps keeps a sample in the cache from the window to the normalisation.
 
     Args:
-        source: gives a batch, for each field of `source.Sample` the samples' arrays; raises StopIteration at the end.
+        source: gives a batch, for each field of `source.Sample` the samples' arrays, pictures decoded; raises
+            StopIteration at the end.
         settings: of the pipeline.
         batch_size: the largest batch.
         threads: of DALI.
         prefetch: batches prepared ahead.
         pool: where the steps run.
-        decoded: the source gives levels as arrays, not files.
 
     Returns:
         A built pipeline whose output is float32 [B, C, H, W].
@@ -60,8 +59,7 @@ def host_pipeline(
 
     pipeline = Pipeline(batch_size, threads, device_id=None, prefetch_queue_depth=prefetch, exec_dynamic=True)
     with pipeline:
-        fed = list(_fed(source, decoded))
-        fed[0] = fed[0] if decoded else _decode(fed, "cpu", settings)
+        fed = _fed(source, decoded=True)
         pipeline.set_outputs(fn.python_function(*fed, function=run, batch_processing=True, output_layouts="CHW"))
     pipeline.build()
     return pipeline
@@ -80,8 +78,9 @@ def operator_pipeline(
     """The same pipeline with every step a DALI operator, on a GPU.
 
     Args:
-        source, settings, batch_size, threads, prefetch, decoded: as for `host_pipeline`.
+        source, settings, batch_size, threads, prefetch: as for `host_pipeline`.
         device_id: of the GPU; None for DALI's CPU backend, where tests compare it with the other pipeline.
+        decoded: the source gives levels as arrays, not files.
         on_device: the source gives levels as tensors on the GPU, int16 in the place of uint16.
 
     Returns:
@@ -143,10 +142,11 @@ def _fed(source: Callable[[], Any], decoded: bool) -> Any:
     """A batch's columns as nodes. Nothing is copied: the loader holds the arrays until the batch has come out."""
     columns: Any = zip(*_FED, strict=True)
     kinds, dimensions = map(list, columns)
+    layouts = [""] * len(_FED)
     if decoded:
-        kinds[0], dimensions[0] = DALIDataType.UINT16, 3
+        kinds[0], dimensions[0], layouts[0] = DALIDataType.UINT16, 3, "HWC"
     return fn.external_source(
-        source=source, num_outputs=len(_FED), batch=True, dtype=kinds, ndim=dimensions, no_copy=True
+        source=source, num_outputs=len(_FED), batch=True, dtype=kinds, ndim=dimensions, layout=layouts, no_copy=True
     )
 
 
@@ -171,6 +171,6 @@ def _fed_on_device(source: Callable[[], Any]) -> Any:
         source=arguments, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions, no_copy=True
     )
     on_gpu = fn.external_source(
-        source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, device="gpu", no_copy=True
+        source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, layout="HWC", device="gpu", no_copy=True
     )
     return [on_gpu, *others]

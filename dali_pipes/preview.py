@@ -14,7 +14,6 @@ from dali_pipes.source import Source
 from dali_pipes.steps import HostSteps
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store
-from preprocessing.tiles import decode_level
 
 _CAPTION = 18  # pixels under each picture
 _GAP = 6
@@ -74,8 +73,7 @@ def _picture(source: Source, steps: HostSteps, pipeline: PipelineSettings, row: 
     sample, fault = source.sample(row, draw)
     if fault is not None:
         raise StoreError(f"{fault.reason}. Mend the store with: python cli.py convert --repair")
-    level = decode_level(sample.picture.tobytes())[..., None]
-    normalised = steps(level, *sample[1:])[0]
+    normalised = steps(*sample)[0]
     return np.clip((normalised * pipeline.std + pipeline.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 

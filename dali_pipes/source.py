@@ -1,7 +1,7 @@
 """From plan and manifest to what the graph is fed with: encoded tiles, and every step's arguments, a sample each.
 
-A tile is read whole and its CRC-32 compared with the manifest's: whatever is missing, cut, flipped or replaced is found
-here, before a decoder sees it, and a black placeholder takes its place.
+A tile file is read whole and its CRC-32 compared with the manifest's: whatever is missing, cut, flipped or replaced is
+found here, before a decoder sees it, and a black placeholder takes its place.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dali_pipes.cache import LevelCache
+from dali_pipes.decode import Region, decode
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
 from preprocessing import grayscale
 from preprocessing.errors import ConfigError
 from preprocessing.manifest import Store, level_column, pick_level
-from preprocessing.tiles import decode_level, encode_level
+from preprocessing.tiles import TileError, encode_level
 
 # Numbers a sample that the steps are told, in this order; see `Sample.numbers`.
 NUMBERS = (
@@ -53,7 +55,8 @@ class Sample(NamedTuple):
     """One sample as the graph is fed with it.
 
     Attributes:
-        picture: an encoded tile file, uint8 [bytes], or a decoded level, uint16 [rows, columns, 1].
+        picture: a decoded level or the region of it that is seen, uint16 [rows, columns, 1], or a tile file as it is,
+            uint8 [bytes].
         numbers: float32 [len(NUMBERS)].
         matrix: float32 [2, 3], from output to level coordinates; pixel i covers [i, i + 1).
         table: float32 [n], the VOI LUT over tile values, in [0, 1]; one 0 where there is none.
@@ -85,8 +88,9 @@ class Source:
         pipeline: what is made of them.
         arrays: gives the decoded level of a row (uint16 [rows, columns]) instead of its tile file; it is called with
             the row's position and the level's name, from several threads.
-        cache: keeps decoded levels; tiles are then decoded here and samples hold arrays.
+        cache: keeps decoded levels.
         place: makes of an array what the graph is fed with and the cache holds: it may upload it.
+        encoded: samples hold tile files, for a graph that decodes; without it they are decoded here.
     """
 
     def __init__(
@@ -96,12 +100,12 @@ class Source:
         pipeline: PipelineSettings,
         arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
         cache: LevelCache | None = None,
-        place: Callable[[NDArray[np.uint16]], Any] = lambda array: array,
+        place: Callable[[NDArray[np.uint16]], Any] | None = None,
+        encoded: bool = False,
     ) -> None:
         self._root, self._levels, self._pipeline = store.root, store.levels, pipeline
-        self._arrays, self._cache, self._place = arrays, cache, place
-        blank = place(np.zeros((16, 16, 1), np.uint16)) if self.gives_arrays else PLACEHOLDER
-        self._placeholder = _placeholder(blank)
+        self._arrays, self._cache, self._place, self._encoded = arrays, cache, place or _as_it_is, encoded
+        self._placeholder = _placeholder(PLACEHOLDER if encoded else self._place(np.zeros((16, 16, 1), np.uint16)))
         if pipeline.patch_level not in (None, *store.levels):
             raise ConfigError(
                 f"pipeline.patch_level = {pipeline.patch_level!r}: {store.root} has the levels "
@@ -113,11 +117,7 @@ class Source:
         """The sample of a row, and what is wrong with its tile, if anything."""
         facts = self._rows[row]
         level = self.level(row)
-        try:
-            picture = self._read(row, level)
-        except _UnusableError as error:
-            return self._placeholder, Fault(row, str(error))
-        height, width = int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
+        height, width = self._size(row, level)
         shown = self._pipeline.height, self._pipeline.width
         if self._pipeline.patch_level is None:
             matrix, region = output_to_level(height, width, *shown, draw, self._mirrored(facts)), (0, 0, height, width)
@@ -125,8 +125,10 @@ class Source:
             matrix = output_to_patch(height, width, *shown, draw, self._mirrored(facts))
             region = seen_region(matrix, height, width, *shown)
             matrix[:, 2] -= region[1::-1]
-            if self.gives_arrays:
-                picture = _cut(picture, *region)
+        try:
+            picture = self._picture(row, level, region)
+        except _UnusableError as error:
+            return self._placeholder, Fault(row, str(error))
         table_on, sigmoid, scale, bias, table = choose_window(facts, self._pipeline, draw)
         values = {
             "table": table_on,
@@ -165,29 +167,40 @@ class Source:
         size = int(facts["crop_height"]), int(facts["crop_width"])
         return pick_level(self._levels, *size, self._pipeline.height, self._pipeline.width)
 
-    @property
-    def gives_arrays(self) -> bool:
-        """Whether samples hold decoded levels, not tile files."""
-        return self._arrays is not None or self._cache is not None
+    def _size(self, row: int, level: str) -> tuple[int, int]:
+        facts = self._rows[row]
+        return int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
 
-    def _read(self, row: int, level: str) -> Any:
+    def _picture(self, row: int, level: str, region: Region) -> Any:
         """What a sample holds of its picture. Raises `_UnusableError`."""
-        if self._arrays is not None:
-            return self._place(np.ascontiguousarray(self._arrays(row, level))[..., None])
-        if self._cache is None:
+        if self._encoded:
             return np.frombuffer(self._file(row, level), np.uint8)
+        if self._arrays is not None:
+            return _cut(self._place(np.ascontiguousarray(self._arrays(row, level))[..., None]), region)
+        if self._cache is None:
+            return self._place(self._decoded(row, level, region))
         facts = self._rows[row]
         key = (str(self._root), facts[level_column("path", level)], facts[level_column("crc32", level)])
-        return self._cache.get(key, lambda: self._place(decode_level(self._file(row, level))[..., None]))
+        return _cut(self._cache.get(key, lambda: self._place(self._decoded(row, level))), region)
+
+    def _decoded(self, row: int, level: str, region: Region | None = None) -> NDArray[np.uint16]:
+        """A level's file, or a region of it, uint16 [rows, columns, 1]."""
+        data = self._file(row, level)
+        try:
+            return decode(data, self._size(row, level), region)[..., None]
+        except TileError as error:
+            raise _UnusableError(f"{self._path(row, level)}: {error}") from None
+
+    def _path(self, row: int, level: str) -> Path:
+        return self._root / self._rows[row][level_column("path", level)]
 
     def _file(self, row: int, level: str) -> bytes:
-        facts = self._rows[row]
-        path = self._root / facts[level_column("path", level)]
+        path = self._path(row, level)
         try:
             data = path.read_bytes()
         except OSError as error:
             raise _UnusableError(f"{path}: {error.strerror or type(error).__name__}") from None
-        if zlib.crc32(data) != int(facts[level_column("crc32", level)]):
+        if zlib.crc32(data) != int(self._rows[row][level_column("crc32", level)]):
             raise _UnusableError(f"{path}: its CRC-32 is not the manifest's")
         return data
 
@@ -205,6 +218,10 @@ class _UnusableError(Exception):
     """A tile that is missing or damaged."""
 
 
+def _as_it_is(picture: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    return picture
+
+
 def _placeholder(picture: Any) -> Sample:
     """A black sample in the place of a damaged one."""
     numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0, "rows": 16.0, "columns": 16.0}
@@ -218,10 +235,11 @@ def _placeholder(picture: Any) -> Sample:
     )
 
 
-def _cut(picture: Any, top: int, left: int, rows: int, columns: int) -> Any:
-    """A region of a level, contiguous; an array or a tensor."""
-    region = picture[top : top + rows, left : left + columns]
-    return np.ascontiguousarray(region) if isinstance(region, np.ndarray) else region.contiguous()
+def _cut(picture: Any, region: Region) -> Any:
+    """A region of a level, contiguous; an array or a tensor. The whole level is itself."""
+    top, left, rows, columns = region
+    seen = picture[top : top + rows, left : left + columns]
+    return np.ascontiguousarray(seen) if isinstance(seen, np.ndarray) else seen.contiguous()
 
 
 def output_to_level(

@@ -55,9 +55,9 @@ def pictures(store, settings, device):
     return (found * settings.std + settings.mean) * 255
 
 
-def on_operators(source, settings, batch_size, threads, prefetch, _pool, decoded):
+def on_operators(source, settings, batch_size, threads, prefetch, _pool):
     """In the place of `host_pipeline`."""
-    return operator_pipeline(source, settings, batch_size, threads, prefetch, None, decoded)
+    return operator_pipeline(source, settings, batch_size, threads, prefetch, None, decoded=True)
 
 
 def agree(store, settings, device):

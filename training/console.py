@@ -200,6 +200,7 @@ class _Bar(Progress):
             TextColumn("ETA", style="dim"),
             TimeRemainingColumn(),
             console=screen,
+            transient=True,  # what it came to is said in a line of its own
         )
 
     def get_renderables(self) -> Iterator[Any]:

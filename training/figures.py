@@ -60,7 +60,7 @@ def lines(
                 axes.plot(*zip(*points, strict=True), marker=marker, ms=3.5, lw=1.6, color=colour, label=name)
         if len(series) > 1:
             axes.legend()
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useOffset=False)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useOffset=False)
         if x_label == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
@@ -94,7 +94,7 @@ def precision_recall(title: str, curves: Curves, band: Band | None = None) -> st
             precision, recall, _ = precision_recall_curve(labels, scores)
             axes.plot(recall, precision, color=colour, lw=1.8, label=name)
         axes.set_ylim(-0.02, 1.02)
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower left")
         return _svg(figure, title)
 
 

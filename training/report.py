@@ -15,11 +15,11 @@ import pandas as pd
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store, open_store, write_atomically
 from training import evaluate, figures, metrics, report_pictures, runs
+from training import report_sections as sections
 from training.config import dump
-from training.runs import FoldRun, Run
+from training.runs import Run
 
 MOST_IN_FULL = 4  # runs shown with all their figures; of further ones there is the table that compares them
-RESAMPLES = 500
 
 
 def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
@@ -44,6 +44,7 @@ def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         comparison=_comparison(described),
         compared=_compared(described),
+        few=sections.FEW,
     )
     out = out or opened[0].root / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,19 +67,23 @@ def _describe(run: Run, full: bool) -> dict[str, Any]:
         "environment": json.dumps(run.folds[0].environment, indent=2),
         "backbone": run.folds[0].config.model.backbone,
         "size": f"{run.folds[0].config.pipeline.height} × {run.folds[0].config.pipeline.width}",
-        "resources": [s for fold in run.folds for s in fold.records("summary")[-1:]],
-        "advice": next((s["advice"] for fold in run.folds for s in fold.records("summary")[-1:]), ""),
+        "advice": list(dict.fromkeys(s["advice"] for fold in run.folds for s in fold.records("summary")[-1:])),
     }
     if full:
         frame = evaluate.out_of_fold(run) if judged else None
         breasts = metrics.per_breast(frame, run.folds[0].config.train.aggregate) if frame is not None else None
+        threshold = result["threshold"]["value"] if result is not None else float("nan")
         store = _store(run)
         described |= {
-            "curves": _curves(run),
-            "ranking": _ranking(breasts, result["threshold"]["value"]) if breasts is not None and result else [],
+            "curves": sections.curves(run),
+            "ranking": sections.ranking(breasts, result["threshold"]["value"])
+            if breasts is not None and result
+            else [],
             "breasts": breasts,
-            "thresholds": _thresholds(breasts) if breasts is not None else [],
-            "timelines": _timelines(run),
+            "thresholds": sections.thresholds(breasts, threshold) if breasts is not None else [],
+            "subgroups": sections.subgroups(result),
+            "timelines": sections.timelines(run),
+            "used": [row for fold in run.folds if (row := sections.used(fold))],
             "data": _data(store, frame),
             "cases": report_pictures.cases(run, store, frame) if store is not None and frame is not None else [],
         }
@@ -91,7 +96,7 @@ def _metrics(run: Run) -> dict[str, Any]:
     tables = [fold.folder / runs.VALIDATION for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
     if saved.is_file() and all(saved.stat().st_mtime_ns >= table.stat().st_mtime_ns for table in tables):
         return runs.read_json(saved)
-    return evaluate.evaluate(run.root, resamples=RESAMPLES)
+    return evaluate.evaluate(run.root)
 
 
 def _summary(run: Run, result: dict[str, Any] | None) -> str:
@@ -110,105 +115,25 @@ def _summary(run: Run, result: dict[str, Any] | None) -> str:
     if breast["auroc"] is None:
         return f"{text} Without both classes among them, ranking cannot be judged."
     low, high = breast["intervals"].get("auroc") or (None, None)
-    interval = f" (95 % interval {low:.3f} to {high:.3f})" if low is not None else ""
-    chance = low is not None and low <= 0.5
+    interval = f" (95 % interval {_percent(low)} to {_percent(high)})" if low is not None else ""
+    unclear = "; that is not distinguishable from chance" if low is not None and low <= 0.5 else ""
     text += (
-        f" Given one breast with cancer and one without, it ranks the right one higher {breast['auroc']:.0%} of the "
-        f"time{interval}{'; that is not distinguishable from chance' if chance else ''}."
+        " Given one breast with cancer and one without, it ranks the right one higher "
+        f"{_percent(breast['auroc'])} of the time{interval}{unclear}."
     )
     at = breast["at_threshold"]
     if at["sensitivity"] is not None and at["specificity"] is not None:
         text += (
-            f" At its best threshold it finds {at['sensitivity']:.0%} of the cancers and calls "
-            f"{1 - at['specificity']:.0%} of the healthy breasts suspicious."
+            f" At its best threshold it finds {_percent(at['sensitivity'])} of the cancers and calls "
+            f"{_percent(1 - at['specificity'])} of the healthy breasts suspicious."
         )
     return text
-
-
-def _curves(run: Run) -> list[str]:
-    wanted = (
-        ("Training loss", "train_loss", "loss"),
-        ("Validation loss", "val_loss", "loss"),
-        ("AUROC per breast", "auroc", "AUROC"),
-        ("pF1 per breast", "pf1", "pF1"),
-        ("Learning rate", "lr", "learning rate"),
-        ("Images a second", "images_per_s", "images/s"),
-    )
-    drawn = []
-    for title, key, label in wanted:
-        series = {f"fold {fold.fold}": _points(fold, key) for fold in run.folds}
-        if any(points[0] for points in series.values()):
-            drawn.append(figures.lines(title, series, "epoch", label))
-    return drawn
-
-
-def _points(fold: FoldRun, key: str) -> tuple[list[float], list[float]]:
-    records = [record for record in fold.records("epoch") if record.get(key) is not None]
-    return [record["epoch"] + 1 for record in records], [record[key] for record in records]
 
 
 def _name(root: Path) -> str:
     """A run's folder; with its parent where it is called `runs`, as the demo's is."""
     root = root.resolve()
     return f"{root.parent.name}/{root.name}" if root.name == "runs" else root.name
-
-
-def _ranking(breasts: pd.DataFrame, threshold: float) -> list[str]:
-    known = breasts[breasts["cancer"].notna()]
-    labels, scores = known["cancer"].to_numpy(np.float64), known["prediction"].to_numpy(np.float64)
-    at = metrics.confusion(labels, scores, threshold)
-    counts = [[at["true_negatives"], at["false_positives"]], [at["false_negatives"], at["true_positives"]]]
-    drawn = [figures.histogram("Predictions by class", labels, scores)]
-    if 0 < labels.sum() < len(labels):
-        curves = {"out of fold": (labels, scores)}
-        of_roc, of_precision = figures.bands(labels, scores, known["patient_id"].to_numpy(str))
-        cuts = np.unique(np.quantile(scores, np.linspace(0, 1, 80)))
-        at_cuts = [metrics.confusion(labels, scores, cut) for cut in cuts]
-        names = {"sensitivity": "sensitivity", "specificity": "specificity", "pf1": "pF1"}
-        by_cut = {label: (cuts.tolist(), [row[key] for row in at_cuts]) for key, label in names.items()}
-        drawn = [
-            figures.roc("ROC", curves, of_roc),
-            figures.precision_recall("Precision and recall", curves, of_precision),
-            figures.confusion("Confusion at the chosen threshold", np.array(counts, dtype=int)),
-            figures.calibration("Calibration", labels, scores),
-            drawn[0],
-            figures.lines("What a threshold gives", by_cut, "threshold", "", marker="", width=4.2, height=3.8),
-        ]
-    return drawn
-
-
-def _thresholds(breasts: pd.DataFrame) -> list[dict[str, float]]:
-    known = breasts[breasts["cancer"].notna()]
-    cuts = np.unique(np.quantile(known["prediction"], [0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98]).round(4))
-    return [metrics.confusion(known["cancer"], known["prediction"], float(cut)) for cut in cuts]
-
-
-def _timelines(run: Run) -> list[str]:
-    drawn = []
-    samples = {fold.fold: fold.records("resources") for fold in run.folds}
-    starts = {fold: records[0]["time"] for fold, records in samples.items() if records}
-    keys = [("CPU (100 % is one core)", ("cpu_percent",), "%"), ("Memory of the process", ("rss_mb",), "MiB")]
-    if any("gpu0" in record for records in samples.values() for record in records):
-        keys += [
-            ("GPU utilisation", ("gpu0", "utilisation"), "%"),
-            ("GPU memory", ("gpu0", "memory_mb"), "MiB"),
-            ("GPU power", ("gpu0", "power_w"), "W"),
-        ]
-    for title, path, unit in keys:
-        series = {}
-        for fold, records in samples.items():
-            thinned = records[:: max(1, len(records) // 400)]
-            x = [(record["time"] - starts[fold]) / 60 for record in thinned]
-            series[f"fold {fold}"] = x, [_dig(record, path) for record in thinned]
-        if any(np.isfinite(y).any() for _, y in series.values()):
-            drawn.append(figures.lines(title, series, "minutes", unit, marker=""))
-    return drawn
-
-
-def _dig(record: Any, path: tuple[str, ...]) -> float:
-    for key in path:
-        record = record.get(key) if isinstance(record, dict) else None
-    return float("nan") if record is None else float(record)
 
 
 def _store(run: Run) -> Store | None:
@@ -224,7 +149,7 @@ def _data(store: Store | None, frame: pd.DataFrame | None) -> dict[str, Any]:
     """Counts, class balance and rejected inputs; from the store, or what the predictions tell without it."""
     rows = store.manifest if store is not None else frame
     if rows is None:
-        return {"counts": [], "balance": [], "rejected": [], "samples": []}
+        return {"store": False, "counts": [], "balance": [], "rejected": [], "samples": []}
     known = rows[rows["cancer"].notna()]
     counts = [
         {"what": "pictures", "number": len(rows)},
@@ -241,7 +166,13 @@ def _data(store: Store | None, frame: pd.DataFrame | None) -> dict[str, Any]:
     if store is not None:
         rejected = [{"reason": k, "number": int(v)} for k, v in store.rejected["reason"].value_counts().items()]
     samples = report_pictures.samples(store, rows) if store is not None else []
-    return {"counts": counts, "balance": balance, "rejected": rejected, "samples": samples}
+    return {
+        "store": store is not None,
+        "counts": counts,
+        "balance": balance,
+        "rejected": rejected,
+        "samples": samples,
+    }
 
 
 def _balance(rows: pd.DataFrame, column: str, title: str) -> str:
@@ -295,6 +226,10 @@ def _compared(described: list[dict[str, Any]]) -> list[str]:
     if curves:
         drawn += [figures.roc("ROC of the runs", curves), figures.precision_recall("Precision of the runs", curves)]
     return drawn
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _number(value: Any, digits: int = 3) -> str:

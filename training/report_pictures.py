@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from preprocessing import tiles
 from preprocessing.errors import UserError
@@ -25,10 +26,19 @@ log = logging.getLogger(__name__)
 
 
 def samples(store: Store, rows: pd.DataFrame) -> list[dict[str, str]]:
-    """Pictures spread evenly over the rows: `uri`, `caption` and `image` (its id) each."""
-    chosen = sorted({int(i) for i in np.linspace(0, len(rows) - 1, SAMPLES)}) if len(rows) else []
-    found = (_thumbnail(store, rows.iloc[index]) for index in chosen)
+    """Pictures spread evenly over the rows of each class, as many of both where there are: `uri`, `caption` and `image`
+    (its id) each."""
+    cancer = (rows["cancer"] == 1).to_numpy()
+    with_cancer, others = np.flatnonzero(cancer), np.flatnonzero(~cancer)
+    count = min(len(with_cancer), max(SAMPLES // 2, SAMPLES - len(others)))
+    chosen = np.sort(np.concatenate([_spread(with_cancer, count), _spread(others, SAMPLES - count)]))
+    found = (_thumbnail(store, rows.iloc[index]) for index in chosen.tolist())
     return [picture for picture in found if picture]
+
+
+def _spread(positions: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most `count` of them, evenly spread."""
+    return positions[np.unique(np.linspace(0, len(positions) - 1, min(count, len(positions))).astype(int))]
 
 
 def cases(run: Run, store: Store, frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -86,8 +96,21 @@ def _overlays(run: Run, store: Store, chosen: pd.DataFrame) -> dict[str, str]:
                 picture = cv2.imread(str(path.with_suffix(".png")))
                 identity = pd.read_json(path, typ="series", dtype=False)["image_id"]
                 if picture is not None:
-                    found[str(identity)] = _uri(picture, 2 * THUMBNAIL)
+                    row = rows.loc[rows["image_id"] == str(identity)].iloc[0]
+                    found[str(identity)] = _uri(_cropped(picture, row), 2 * THUMBNAIL)
     return found
+
+
+def _cropped(pair: NDArray[np.uint8], row: pd.Series) -> NDArray[np.uint8]:
+    """A picture and its overlay, uint8 [rows, 2 * columns, 3], both cut to the breast, with a gap between them."""
+    halves = np.hsplit(pair, 2)
+    scale = pair.shape[0] / float(row["source_rows"])
+    top, left = round(row["crop_top"] * scale), round(row["crop_left"] * scale)
+    bottom = max(top + 1, round((row["crop_top"] + row["crop_height"]) * scale))
+    right = max(left + 1, round((row["crop_left"] + row["crop_width"]) * scale))
+    cut = [half[top:bottom, left:right] for half in halves]
+    gap = np.full((cut[0].shape[0], max(2, cut[0].shape[1] // 60), 3), 128, np.uint8)
+    return np.hstack([cut[0], gap, cut[1]])
 
 
 def _thumbnail(store: Store, row: pd.Series) -> dict[str, str] | None:

@@ -173,8 +173,9 @@ class Session:
         if self._last_epoch:
             words.append(f"AUROC {self._last_epoch['auroc']:.3f}")
         if self.best.epoch >= 0:
-            words.append(f"best {self.config.train.metric} {self.best.value:.3f} (epoch {self.best.epoch + 1})")
-        words.append(f"{(self.loader.wait_s - waited) / max(now - began, 1e-9):.0%} waiting for data")
+            metric = self.config.train.metric.replace("auroc", "AUROC")
+            words.append(f"best {metric} {self.best.value:.3f} (epoch {self.best.epoch + 1})")
+        words.append(f"{100 * (self.loader.wait_s - waited) / max(now - began, 1e-9):.0f} % waiting for data")
         words.append(self.monitor.line())
         if self._last_epoch:
             left = self._last_epoch["seconds"] * (self.config.train.epochs - at.epoch) - (now - began)

@@ -141,5 +141,5 @@ def test_a_run_tells_its_loss_while_an_epoch_runs(tmp_path, monkeypatch, capsys)
     records = [json.loads(line) for line in (tmp_path / "run/fold0/metrics.jsonl").read_text().splitlines()]
     epoch = next(record for record in records if record["kind"] == "epoch")
     assert steps[-1] == pytest.approx(epoch["train_loss"], abs=1e-4)  # the same mean over the epoch so far
-    assert re.search(r"Epoch 2 of 2: .* AUROC [01]\.\d+, best auroc .*, run \d+:\d\d left", told)
+    assert re.search(r"Epoch 2 of 2: .* AUROC [01]\.\d+, best AUROC .*, run \d+:\d\d left", told)
     assert "Epoch 1 of 2, validation: 48 of 48 images" in told

@@ -13,7 +13,8 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from preprocessing.errors import RunError
-from training import figures, report, runs
+from training import figures, report, report_pictures, runs
+from training import report_sections as sections
 from training.config import dump, load_config
 
 
@@ -165,3 +166,66 @@ def test_several_runs_lie_over_one_another(tmp_path):
     text = Page(report.write_report(found, tmp_path / "both.html")).text
     assert "2 of 2 runs can be judged" in text
     assert 'aria-label="ROC of the runs"' in text
+
+
+def test_the_chosen_threshold_is_marked_and_small_subgroups_are_faint(page):
+    assert page.text.count('<tr class="chosen">') == 1
+    assert '<tr class="few">' not in page.text  # each group here has more than ten cancers
+    few = sections.subgroups({"subgroups": [_part("site_id", "1", 3), _part("site_id", "2", 30)]})
+    assert [row["_class"] for row in few] == ["few", ""]
+
+
+def test_subgroups_are_in_the_order_that_a_reader_expects():
+    values = {"machine_id": ["170", "21", "900"], "age": ["50-59", "70+", "<50", "unknown"], "implant": ["0.0", "1.0"]}
+    parts = [_part(group, value, 30) for group, found in values.items() for value in found]
+    rows = [(row["group"], row["value"]) for row in sections.subgroups({"subgroups": parts})]
+    assert rows == [
+        *(("machine", value) for value in ("21", "170", "900")),
+        *(("age", value) for value in ("<50", "50-59", "70+", "unknown")),
+        *(("implant", value) for value in ("no", "yes")),
+    ]
+
+
+def _part(group, value, positives):
+    figures = dict.fromkeys(("auroc", "average_precision", "pf1", "log_loss"), 0.5)
+    return {"group": group, "value": value, "count": 100, "positives": positives, **figures}
+
+
+def test_resources_of_each_fold_are_in_the_table(tmp_path):
+    root = make_run(tmp_path / "run", folds=1)
+    summary = {
+        "kind": "summary",
+        "time": 300,
+        "step": 3,
+        "advice": "Fine.",
+        "shares": {"data": 0.25, "compute": 0.75},
+        "cpu_percent_mean": 151.6,
+        "rss_mb_peak": 901.2,
+        "gpu0.utilisation_mean": 95.4,
+        "gpu0.memory_mb_peak": 1e4,
+        "gpu0.energy_j_peak": 12_400.0,
+    }
+    with (root / "fold0/metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(summary) + "\n")
+    assert sections.used(runs.open_run(root).folds[0]) == {
+        "fold": "0",
+        "% waiting for data": "25.0",
+        "% in transfer": "0.0",
+        "% in compute": "75.0",
+        "CPU %, mean": 152,
+        "RAM MiB, peak": 901,
+        "GPU0 %, mean": 95,
+        "GPU0 MiB, peak": 10000,
+        "GPU0 kJ": 12,
+    }
+
+
+def test_a_picture_and_its_overlay_are_cut_to_the_breast_with_a_gap_between():
+    pair = np.zeros((100, 120, 3), np.uint8)
+    pair[20:60, 10:30], pair[20:60, 70:90] = 200, 250  # the breast, and the breast under its map
+    row = pd.Series({"source_rows": 1000, "crop_top": 200, "crop_left": 100, "crop_height": 400, "crop_width": 200})
+    cut = report_pictures._cropped(pair, row)
+    assert cut.shape == (40, 42, 3)
+    assert (cut[:, :20] == 200).all()
+    assert (cut[:, 20:22] == 128).all()
+    assert (cut[:, 22:] == 250).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -39,13 +40,14 @@ def pages(tmp_path_factory) -> dict[str, Path]:
         "unfinished": [make_run(root / "unfinished", finished=False)],
         "without positives": [make_run(root / "negative", positives=False)],
         "several": [good, make_run(root / "other", folds=1), make_run(root / "begun", finished=False)],
+        "fifty": [make_run(root / f"run-{number:02d}", folds=1, finished=number % 5 < 4) for number in range(50)],
     }
     return {name: report.write_report(found, root / f"{name}.html") for name, found in sets.items()}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("name", ["good", "unfinished", "without positives", "several"])
+@pytest.mark.parametrize("name", ["good", "unfinished", "without positives", "several", "fifty"])
 def test_page_is_whole_in_a_browser(browser, pages, name, width, scheme):
     command = browser.execute_cdp_cmd
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -70,6 +72,41 @@ def test_page_is_whole_in_a_browser(browser, pages, name, width, scheme):
     assert _contrast(browser) >= 4.5
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(_rgb(dark)) < 150) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_prints_dark_on_white_with_nothing_cut_off(browser, pages, scheme):
+    command = browser.execute_cdp_cmd
+    paper = {"width": 700, "height": 990, "deviceScaleFactor": 1, "mobile": False}  # A4 within its margins, at 96 dpi
+    command("Emulation.setDeviceMetricsOverride", paper)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    command("Emulation.setEmulatedMedia", {"media": "print", "features": features})
+    try:
+        browser.get(pages["good"].as_uri())
+        ink = browser.execute_script("return getComputedStyle(document.body).color")
+        assert sum(_rgb(ink)) < 100
+        overflow = "return [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
+        assert max(browser.execute_script(overflow)) <= 0
+        assert (
+            min(
+                browser.execute_script(
+                    "return [...document.querySelectorAll('pre')].map(e => e.getBoundingClientRect().height)"
+                )
+            )
+            > 100
+        )  # the settings, which the screen keeps folded
+    finally:
+        command("Emulation.setEmulatedMedia", {"media": "screen", "features": []})
+
+
+def test_headings_go_down_one_level_at_a_time(browser, pages):
+    for page in pages.values():
+        browser.get(page.as_uri())
+        levels = browser.execute_script(
+            "return [...document.querySelectorAll('h1, h2, h3, h4')].map(e => Number(e.tagName[1]))"
+        )
+        assert levels[0] == 1
+        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
 def _rgb(text: str) -> list[float]:

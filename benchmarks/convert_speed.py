@@ -163,8 +163,7 @@ def plain_script(picture: Picture, out: Path) -> None:
     contours = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[-2]
     left, top, width, height = cv2.boundingRect(max(contours, key=cv2.contourArea))
     crop = values[top : top + height, left : left + width]
-    for level in SETTINGS.levels:
-        rows, columns = tiles.level_size(level, *crop.shape)
+    for level, (rows, columns) in tiles.level_sizes(SETTINGS.levels, *crop.shape).items():
         cv2.imwrite(str(out / f"{level}.png"), cv2.resize(crop, (columns, rows), interpolation=cv2.INTER_AREA))
 
 

@@ -22,7 +22,7 @@ from rle.rle import decode_segment
 from preprocessing.codestream import Codestream, Kind
 
 dicomsdl.set_loglevel(dicomsdl.LogLevel.DISABLE)  # pyright: ignore[reportAttributeAccessIssue]  it prints what it raises
-Decode = Callable[[bytearray, Codestream], NDArray[np.integer]]
+Decode = Callable[[bytes, Codestream], NDArray[np.integer]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Codec:
     lossless: bool = True
 
 
-def from_dicomsdl(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+def from_dicomsdl(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Decode with dicomsdl's `copyFrameData`, which gives stored values without rescaling them."""
     dataset = dicomsdl.open_memory(_minimal_dicom(data, facts))  # pyright: ignore[reportAttributeAccessIssue]
     # Zeros, so that what a decoder leaves out is seen as such and no other picture's memory comes back.
@@ -49,36 +49,36 @@ def from_dicomsdl(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
     return values
 
 
-def from_libjpeg(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+def from_libjpeg(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Decode with pylibjpeg-libjpeg, the ISO reference code."""
-    return libjpeg_decode(bytes(data))
+    return libjpeg_decode(data)
 
 
-def from_openjpeg(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+def from_openjpeg(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Decode HTJ2K with OpenJPEG through imagecodecs."""
-    return imagecodecs.jpeg2k_decode(bytes(data), numthreads=1)
+    return imagecodecs.jpeg2k_decode(data, numthreads=1)
 
 
-def from_charls(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+def from_charls(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Decode JPEG-LS with CharLS through imagecodecs."""
-    return imagecodecs.jpegls_decode(bytes(data))
+    return imagecodecs.jpegls_decode(data)
 
 
-def from_packbits(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+def from_packbits(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Decode RLE (PS3.5 G) with imagecodecs, or where it finds a segment's padding odd, with pylibjpeg-rle. A segment
     of another length than the picture's raises; less than a row too many is padding."""
     width = -(-facts.precision // 8)
     size = facts.rows * facts.columns * width
     try:
-        values = imagecodecs.dicomrle_decode(bytes(data), f"<u{width}")
+        values = imagecodecs.dicomrle_decode(data, f"<u{width}")
     except RuntimeError:  # ImcdError is one
-        values = _join_segments(bytes(data), width)
+        values = _join_segments(data, width)
     if not size <= len(values) < size + facts.columns * width:
         raise ValueError(f"{len(values)} bytes; {size} expected")
     return np.frombuffer(values, f"<u{width}", facts.rows * facts.columns).reshape(facts.rows, facts.columns)
 
 
-def from_deflate(data: bytearray, facts: Codestream) -> NDArray[np.integer]:
+def from_deflate(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Inflate a frame of Deflated Image Frame Compression (PS3.5 A.4.13)."""
     width = -(-facts.precision // 8)
     size = facts.rows * facts.columns * width
@@ -129,7 +129,7 @@ def _join_segments(data: bytes, width: int) -> bytes:
     return np.stack([np.frombuffer(plane, np.uint8) for plane in reversed(planes)], axis=1).tobytes()
 
 
-def _minimal_dicom(data: bytearray, facts: Codestream) -> bytes:
+def _minimal_dicom(data: bytes, facts: Codestream) -> bytes:
     """A DICOM file (PS3.10) of one unsigned frame with no tags but those that a decoder needs."""
     bits = 8 if facts.precision <= 8 else 16
     meta = _element(0x0002, 0x0010, b"UI", _DICOMSDL_SYNTAXES[facts.kind])

@@ -47,15 +47,15 @@ _SOC, _SIZ, _CAP, _SOT, _EOC = 0xFF4F, 0xFF51, 0xFF50, 0xFF90, 0xFFD9
 _EOI_WITHIN = 64  # bytes at the end in which the end marker must lie: fragments are padded
 
 
-def sniff(data: bytes | bytearray) -> Kind | None:
+def sniff(data: bytes) -> Kind | None:
     """The kind that the first bytes tell; None where they tell none (native values, RLE, deflate)."""
-    head = bytes(data[:4])
-    if head.startswith(b"\xff\x4f\xff\x51") or bytes(data[:8]) == b"\0\0\0\x0cjP  ":
+    head = data[:4]
+    if head.startswith(b"\xff\x4f\xff\x51") or data[:8] == b"\0\0\0\x0cjP  ":
         return Kind.JPEG_2000
     return Kind.JPEG_BASELINE if head.startswith(b"\xff\xd8\xff") else None
 
 
-def looks_like_rle(data: bytes | bytearray, whole: bool = True) -> bool:
+def looks_like_rle(data: bytes, whole: bool = True) -> bool:
     """Whether the first 64 bytes are an RLE header (PS3.5 G.5) of one or two segments; those of a whole frame begin
     inside it."""
     if len(data) < 65:
@@ -67,7 +67,7 @@ def looks_like_rle(data: bytes | bytearray, whole: bool = True) -> bool:
     return used[-1] < len(data) or not whole
 
 
-def inspect(data: bytes | bytearray) -> Codestream:
+def inspect(data: bytes) -> Codestream:
     """A JPEG, JPEG-LS, JPEG 2000 or HTJ2K codestream's facts.
 
     Raises:
@@ -81,9 +81,9 @@ def inspect(data: bytes | bytearray) -> Codestream:
         raise Rejection(Reason.TRUNCATED, "the codestream ends within its header") from None
 
 
-def bare_jpeg_2000(data: bytearray) -> bytearray:
+def bare_jpeg_2000(data: bytes) -> bytes:
     """The codestream inside a JP2 file's boxes (ISO/IEC 15444-1 I), which DICOM does not want but some files have."""
-    if bytes(data[4:8]) != b"jP  ":
+    if data[4:8] != b"jP  ":
         return data
     position = 0
     while position + 8 <= len(data):
@@ -102,7 +102,7 @@ def bare_jpeg_2000(data: bytearray) -> bytearray:
     raise Rejection(Reason.DECODE_FAILED, "a JP2 file without a codestream")
 
 
-def check_rle(data: bytes | bytearray, bytes_per_pixel: int) -> None:
+def check_rle(data: bytes, bytes_per_pixel: int) -> None:
     """An RLE header has one segment a byte of a pixel, in order, inside the frame.
 
     Raises:
@@ -117,7 +117,7 @@ def check_rle(data: bytes | bytearray, bytes_per_pixel: int) -> None:
         raise Rejection(Reason.SIZE_MISMATCH, f"{count} RLE segments; {bytes_per_pixel} expected from Bits Allocated")
 
 
-def ends_in_background(data: bytes | bytearray, columns: int) -> bool:
+def ends_in_background(data: bytes, columns: int) -> bool:
     """Whether a lossless JPEG scan ends in the code of difference 0, over and over, as it must where the last row has
     one value (ISO/IEC 10918-1 H.1.2). A scan that was cut ends in something else, though decoders then repeat a row.
     """
@@ -125,7 +125,7 @@ def ends_in_background(data: bytes | bytearray, columns: int) -> bool:
     table = 0
     for marker, start, length in _segments(data):
         if marker == 0xC4:
-            tables |= _zero_codes(bytes(data[start : start + length]))
+            tables |= _zero_codes(data[start : start + length])
         if marker == 0xDA:
             table = data[start + 2] >> 4
     if table not in tables:
@@ -135,14 +135,14 @@ def ends_in_background(data: bytes | bytearray, columns: int) -> bool:
     if end < 0:
         return False
     # Up to 7 padding bits and a stuffed zero follow the last code: whole periods before them are compared.
-    tail = bytes(data[max(0, end - (columns * bits) // 8) : end]).replace(b"\xff\x00", b"\xff")[:-2]
+    tail = data[max(0, end - (columns * bits) // 8) : end].replace(b"\xff\x00", b"\xff")[:-2]
     text = "".join(f"{byte:08b}" for byte in tail)
     pattern = f"{code:0{bits}b}"
     wanted = pattern * (len(text) // bits + 2)
     return len(text) < 64 or any(wanted[shift : shift + len(text)] == text for shift in range(bits))
 
 
-def _segments(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker code, start and length of each marker segment's content up to the first scan's."""
     position = 2
     while True:
@@ -166,8 +166,8 @@ def _segments(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
         position += 2 + length
 
 
-def _inspect_jpeg(data: bytes | bytearray) -> Codestream:
-    if bytes(data[:2]) != b"\xff\xd8":
+def _inspect_jpeg(data: bytes) -> Codestream:
+    if data[:2] != b"\xff\xd8":
         raise Rejection(Reason.DECODE_FAILED, "the frame begins as no known codestream does")
     found = None
     for marker, start, _ in _segments(data):
@@ -180,12 +180,12 @@ def _inspect_jpeg(data: bytes | bytearray) -> Codestream:
             found = Codestream(_SOF[marker], rows, columns, precision)
     if found is None:
         raise Rejection(Reason.DECODE_FAILED, "a JPEG without a frame header")
-    if bytes(data[-_EOI_WITHIN:]).rfind(b"\xff\xd9") < 0:
+    if data[-_EOI_WITHIN:].rfind(b"\xff\xd9") < 0:
         raise Rejection(Reason.TRUNCATED, "the JPEG has no end marker")
     return found
 
 
-def _inspect_jpeg_2000(data: bytes | bytearray) -> Codestream:
+def _inspect_jpeg_2000(data: bytes) -> Codestream:
     if unpack_from(">H", data, 2)[0] != _SIZ:
         raise Rejection(Reason.DECODE_FAILED, "the JPEG 2000 size marker is missing")
     siz = unpack_from(">HHIIIIIIIIH", data, 4)
@@ -209,7 +209,7 @@ def _inspect_jpeg_2000(data: bytes | bytearray) -> Codestream:
     return Codestream(kind, y1 - y0, x1 - x0, (depth & 0x7F) + 1, bool(depth & 0x80))
 
 
-def _check_tile_parts(data: bytes | bytearray, position: int, tiles: int) -> None:
+def _check_tile_parts(data: bytes, position: int, tiles: int) -> None:
     """Every tile has its parts, each as long as its header says (ISO/IEC 15444-1 A.4.2)."""
     seen: set[int] = set()
     while position + 12 <= len(data) and unpack_from(">H", data, position)[0] == _SOT:
@@ -218,7 +218,7 @@ def _check_tile_parts(data: bytes | bytearray, position: int, tiles: int) -> Non
             raise Rejection(Reason.DECODE_FAILED, f"JPEG 2000 tile {tile} of {tiles}")
         seen.add(tile)
         if length == 0:  # to the end of the codestream
-            if bytes(data[-_EOI_WITHIN:]).rfind(b"\xff\xd9") < 0:
+            if data[-_EOI_WITHIN:].rfind(b"\xff\xd9") < 0:
                 raise Rejection(Reason.TRUNCATED, "the JPEG 2000 codestream has no end marker")
             break
         if length < 14:

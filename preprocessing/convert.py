@@ -167,13 +167,14 @@ class _Run:
         """Run the workers over what is missing, and write down each outcome as it comes."""
         limits = workers_module.Limits(timeout_s=self._settings.timeout_s, memory_mb=self._settings.memory_mb)
         if scheduler:
-            outcomes = workers_module.run_cluster(ingest.ingest, self._missing(), scheduler, limits)
+            outcomes = workers_module.run_cluster(ingest.stage, self._missing(), scheduler, limits, ingest.settle)
         else:
-            outcomes = workers_module.run_local(ingest.ingest, self._missing(), count, limits)
+            outcomes = workers_module.run_local(ingest.stage, self._missing(), count, limits, ingest.settle)
         try:
             with closing(outcomes):
                 for outcome in outcomes:
                     self._note(outcome)
+            _clear(ingest.scratch_folder(self._out))
         except ingest.WriteError as error:
             raise StoreError(
                 f"{self._out}: cannot be written: {error}. Make room and run the same command again; "
@@ -313,12 +314,17 @@ def _settle(out: Path, settings: ConvertSettings) -> None:
             write_head(out, settings)
         scratch = ingest.scratch_folder(out)
         scratch.mkdir(exist_ok=True)
-        for left in scratch.iterdir():
-            left.unlink()
+        _clear(scratch)
         for left in out.glob(".*.tmp"):
             left.unlink()
     except OSError as error:
         raise StoreError(f"{out}: cannot be written: {error.strerror}.") from None
+
+
+def _clear(scratch: Path) -> None:
+    """Drop what crashed or killed workers left."""
+    for left in scratch.iterdir():
+        left.unlink()
 
 
 def _plain(value: Any) -> str:

@@ -6,7 +6,6 @@ file → guard (may it be read?) → header → frame's bytes → codestream's o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ class Decoded:
     Attributes:
         stored: the exact stored values [rows, columns], uint8, uint16, int8 or int16: unused bits are masked by Bits
             Stored and High Bit, and the sign is extended (PS3.5 8.1.1). All lie in 0 … 2^bits - 1, or in
-            -2^(bits-1) … 2^(bits-1) - 1 where `header.value_offset` is negative.
+            -2^(bits-1) … 2^(bits-1) - 1 where `header.value_offset` is negative. It may be read-only.
         header: what the manifest wants to know; its fields are the manifest's columns.
         decoder: what decoded it.
     """
@@ -47,18 +46,24 @@ def decode(path: Path, settings: ConvertSettings) -> Decoded:
     Raises:
         Rejection: the file cannot be used; `reason` says why.
     """
-    with guard.open_regular(path) as file:
-        head = file.read(132)
-        kind = raster.sniff(head) if head[128:] != b"DICM" else None
-        if kind is None:
-            decoded = _decode_dicom(file, settings)
-        else:
-            decoded = Decoded(*raster.decode(file, kind, settings))
+    with guard.open_regular(path) as opened:
+        return decode_open(opened, settings)
+
+
+def decode_open(opened: guard.OpenFile, settings: ConvertSettings) -> Decoded:
+    """The same for a file that the guard has opened."""
+    file = opened.file
+    head = file.read(132)
+    kind = raster.sniff(head) if head[128:] != b"DICM" else None
+    if kind is None:
+        decoded = _decode_dicom(file, settings)
+    else:
+        decoded = Decoded(*raster.decode(file, kind, settings))
     guard.check_values(decoded.stored, decoded.header.bits_stored, decoded.header.padding)
     return decoded
 
 
-def _decode_dicom(file: BufferedReader, settings: ConvertSettings) -> Decoded:
+def _decode_dicom(file: dicom_header.Source, settings: ConvertSettings) -> Decoded:
     header = dicom_header.read(file, settings.frame, most_bytes=8 * settings.max_pixels)
     guard.check_size(header.rows, header.columns, settings.max_pixels)
     frame = frames.read_frame(header, settings.frame or 0 if header.frames > 1 else 0)
@@ -79,7 +84,7 @@ def _decode_dicom(file: BufferedReader, settings: ConvertSettings) -> Decoded:
 def _as_the_header_says(frame: frames.Frame, header: DicomHeader) -> Codestream:
     """The facts of a frame that does not tell its own: RLE and deflated ones hold whole cells of Bits Allocated."""
     if frame.kind is Kind.RLE:
-        check_rle(frame.data, header.bits_allocated // 8)
+        check_rle(bytes(frame.data), header.bits_allocated // 8)
     return Codestream(frame.kind, header.rows, header.columns, header.bits_allocated)
 
 
@@ -97,14 +102,18 @@ def _run(codec: codecs.Codec, frame: frames.Frame, facts: Codestream, header: Di
             f"{facts.precision} bits in the {facts.kind} codestream; Bits Allocated {header.bits_allocated}",
         )
     try:
-        raw = codec.decode(frame.data, facts)
+        raw = codec.decode(bytes(frame.data), facts)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  each codec raises errors of its own
         raise Rejection(Reason.DECODE_FAILED, f"{codec.name}, {facts.kind}: {type(error).__name__}") from None
     if raw.shape != (header.rows, header.columns):
         raise Rejection(Reason.DECODE_FAILED, f"{codec.name}, {facts.kind}: {raw.shape} values came back")
-    if facts.kind is Kind.JPEG_LOSSLESS and _ends_flat(raw) and not ends_in_background(frame.data, header.columns):
+    if (
+        facts.kind is Kind.JPEG_LOSSLESS
+        and _ends_flat(raw)
+        and not ends_in_background(bytes(frame.data), header.columns)
+    ):
         raise Rejection(Reason.HALF_DECODED, "the lossless JPEG scan ends before the picture does")
     return raw.view(raw.dtype.str.replace("i", "u"))
 
@@ -113,12 +122,12 @@ def _ends_flat(raw: NDArray[np.integer]) -> bool:
     return bool((raw[-2:] == raw[-1, -1]).all())
 
 
-def _native(data: bytearray, header: DicomHeader) -> NDArray[np.integer]:
-    """Native values (PS3.5 8.1.1, 8.2), unsigned, in a writable array of this machine's byte order."""
+def _native(data: guard.Buffer, header: DicomHeader) -> NDArray[np.integer]:
+    """Native values (PS3.5 8.1.1, 8.2), unsigned, in this machine's byte order; they may share the file's memory."""
     width = header.bits_allocated // 8
     little = header.pixels.little_endian
     if width == 1 and not little and header.pixels.words and len(data) % 2 == 0:
-        data = bytearray(np.frombuffer(data, np.uint16).byteswap().tobytes())  # bytes in big-endian words
+        data = np.frombuffer(data, np.uint16).byteswap().tobytes()  # bytes in big-endian words
     values = np.frombuffer(data, f"{'<' if little else '>'}u{width}")
     return values.reshape(header.rows, header.columns).astype(f"u{width}", copy=False)
 
@@ -149,6 +158,7 @@ def _extend(raw: NDArray[np.integer], bits: int, signed: bool, clean: bool) -> N
     """
     width = 8 * raw.dtype.itemsize
     if not signed:
-        return raw if clean or bits == width else raw & raw.dtype.type(2**bits - 1)
+        clean = clean or bits == width or int(raw.max()) < 2**bits  # looking is cheaper than a copy
+        return raw if clean else raw & raw.dtype.type(2**bits - 1)
     values = raw.view(f"i{raw.dtype.itemsize}")
     return values if bits == width else (values << (width - bits)) >> (width - bits)

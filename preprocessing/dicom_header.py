@@ -167,7 +167,7 @@ def _plain_syntax(implicit: bool, little_endian: bool) -> str:
 def _checked(
     dataset: Dataset, source: Source, syntax: str, little_endian: bool, implicit: bool, frame: int | None
 ) -> DicomHeader:
-    if "Rows" not in dataset and "BitsAllocated" not in dataset and not _has_preamble(source):
+    if "Rows" not in dataset and "BitsAllocated" not in dataset and not _named(source, syntax):
         raise Rejection(Reason.NOT_AN_IMAGE, "none of DICOM, PNG, JPEG and TIFF")
     pixels = _find_pixels(source, little_endian, implicit)
     samples = _whole(dataset, "SamplesPerPixel", 1, 4, default=1)
@@ -234,12 +234,15 @@ def _inflate(data: bytes, most: int) -> bytes:
     return inflated
 
 
-def _has_preamble(source: Source) -> bool:
+def _named(source: Source, syntax: str) -> bool:
+    """Whether a file says that it is DICOM; an inflated data set has said so before."""
+    if syntax == DeflatedExplicitVRLittleEndian:
+        return True
     position = source.tell()
     source.seek(128)
     magic = source.read(4)
     source.seek(position)
-    return magic == b"DICM" or isinstance(source, BytesIO)
+    return magic == b"DICM"
 
 
 def _at_pixels(tag: int, vr: str | None, length: int) -> bool:

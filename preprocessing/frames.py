@@ -12,7 +12,7 @@ from pydicom import uid
 
 from preprocessing.codestream import Codestream, Kind, bare_jpeg_2000, inspect, looks_like_rle, sniff
 from preprocessing.dicom_header import DicomHeader, PixelElement, Source
-from preprocessing.guard import Reason, Rejection, read_exactly
+from preprocessing.guard import Buffer, Reason, Rejection, read_exactly
 
 SYNTAXES: dict[str, Kind] = {
     uid.ImplicitVRLittleEndian: Kind.NATIVE,
@@ -40,7 +40,7 @@ _ITEM, _SEQUENCE_END, _UNDEFINED = 0xFFFEE000, 0xFFFEE0DD, 0xFFFFFFFF
 class Frame(NamedTuple):
     """A frame's bytes. `codestream` is None for native, deflated and RLE frames, which do not describe themselves."""
 
-    data: bytearray
+    data: Buffer  # bytes where `kind` is not NATIVE
     kind: Kind
     codestream: Codestream | None
     contradicted: bool  # the transfer syntax says something else
@@ -61,7 +61,7 @@ def read_frame(header: DicomHeader, index: int) -> Frame:
     return _plain(header, index, declared)
 
 
-def _coded(data: bytearray, declared: Kind | None, syntax: str) -> Frame:
+def _coded(data: bytes, declared: Kind | None, syntax: str) -> Frame:
     if sniff(data) is not None:
         data = bare_jpeg_2000(data)
         found = inspect(data)
@@ -81,7 +81,7 @@ def _plain(header: DicomHeader, index: int, declared: Kind | None) -> Frame:
     size = header.rows * row
     fits = size * header.frames <= length < size * header.frames + max(2, row)  # padded, by less than a row
     if not fits and header.frames == 1 and declared is not Kind.NATIVE:
-        data = read_exactly(pixels.source, pixels.offset, length)
+        data = bytes(read_exactly(pixels.source, pixels.offset, length))
         if sniff(data) is not None or looks_like_rle(data):
             frame = _coded(data, declared, header.facts.transfer_syntax)
             return frame._replace(contradicted=True)
@@ -99,17 +99,14 @@ def _plain(header: DicomHeader, index: int, declared: Kind | None) -> Frame:
     )
 
 
-def _gather(header: DicomHeader, index: int) -> bytearray:
+def _gather(header: DicomHeader, index: int) -> bytes:
     """The fragments of one frame, joined."""
     offsets, items = _items(header.pixels)
     if not items:
         raise Rejection(Reason.MISSING_PIXEL_DATA, "Pixel Data (7FE0,0010) has no fragments")
     source = header.pixels.source
     chosen = items if header.frames == 1 else _of_frame(source, header, offsets, items, index)
-    joined = bytearray()
-    for offset, length in chosen:
-        joined += read_exactly(source, offset, length)
-    return joined
+    return b"".join(read_exactly(source, offset, length) for offset, length in chosen)
 
 
 def _items(pixels: PixelElement) -> tuple[list[int], list[tuple[int, int]]]:
@@ -161,7 +158,7 @@ def _of_frame(
 
 
 def _begins(source: Source, item: tuple[int, int]) -> bool:
-    head = read_exactly(source, item[0], min(item[1], 66))
+    head = bytes(read_exactly(source, item[0], min(item[1], 66)))
     return sniff(head) is not None or looks_like_rle(head, whole=False)
 
 

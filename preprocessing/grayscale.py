@@ -34,20 +34,22 @@ class TileWindow(NamedTuple):
 def to_tile_values(decoded: Decoded, inverted: bool) -> NDArray[np.uint16]:
     """Tile values, uint16 [rows, columns] in 0 … 2^bits_stored - 1: unsigned, bright is dense, padding is 0.
 
+    They are the decoded array itself where nothing is to be changed.
+
     Args:
         decoded: a picture.
         inverted: turn it: it is MONOCHROME1, or its CSV says that it is a negative.
     """
     header = decoded.header
     stored = decoded.stored
-    values = stored.astype(np.uint16)  # two's complement wraps, and the offset wraps back
+    values = stored.astype(np.uint16, copy=False)  # two's complement wraps, and the offset wraps back
     if header.value_offset:
-        values -= np.uint16(header.value_offset & 0xFFFF)
+        values = values - np.uint16(header.value_offset & 0xFFFF)
     if inverted:
-        np.subtract(np.uint16(2**header.bits_stored - 1), values, out=values)
+        values = np.uint16(2**header.bits_stored - 1) - values
     if header.padding:
         low, high = min(header.padding), max(header.padding)
-        values[(stored >= low) & (stored <= high)] = 0
+        values = np.where((stored >= low) & (stored <= high), np.uint16(0), values)
     return values
 
 

@@ -7,9 +7,11 @@ says end or hang the process, or hand out unwritten memory. Nothing reaches them
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
@@ -17,7 +19,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+Buffer = bytes | bytearray | memoryview
+
 _ALWAYS_READ = 2**20  # bytes
+_HELD_MOST = 256 * 2**20  # bytes of a file that is read at once; a picture of full size has up to 40 MB
 _FEWEST_ROWS = 64  # below them no row tells anything
 LARGEST_FILE = 4 * 2**30  # bytes; a tomosynthesis file of 100 frames at full size has about 1.7 GB
 SMALLEST_SIDE = 2  # rows or columns
@@ -77,8 +82,38 @@ class BoundedReader(BufferedReader):
         return super().read(size)
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading; never hangs on a FIFO and never touches a device.
+class HeldFile(BytesIO):
+    """A file that was read at once. `view` shares its memory."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.view = memoryview(data)
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A regular file, open for reading. Use as a context manager."""
+
+    file: HeldFile | BoundedReader
+    bytes: int
+    mtime_ns: int
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def sha256(self) -> str:
+        """SHA-256 of the bytes that were, or will be, decoded."""
+        if isinstance(self.file, HeldFile):
+            return hashlib.sha256(self.file.view).hexdigest()
+        self.file.seek(0)
+        return hashlib.file_digest(self.file, "sha256").hexdigest()
+
+
+def open_regular(path: Path) -> OpenFile:
+    """Open a regular file; never hangs on a FIFO and never touches a device. All but very large files are read at once.
 
     Raises:
         Rejection: absent, not a regular file, unreadable, empty or larger than `LARGEST_FILE`.
@@ -100,14 +135,20 @@ def open_regular(path: Path) -> BufferedReader:
             raise Rejection(Reason.EMPTY, "0 bytes")
         if status.st_size > LARGEST_FILE:
             raise Rejection(Reason.TOO_LARGE, f"{status.st_size} bytes; at most {LARGEST_FILE}")
-    except Rejection:
+        if status.st_size > _HELD_MOST:
+            return OpenFile(file, status.st_size, status.st_mtime_ns)
+        with file:
+            return OpenFile(HeldFile(file.read()), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        file.close()
+        raise Rejection(Reason.UNREADABLE, error.strerror or "read error") from None
+    except BaseException:
         file.close()
         raise
-    return file
 
 
-def read_exactly(file: BufferedReader | BytesIO, offset: int, count: int) -> bytearray:
-    """`count` bytes from `offset`.
+def read_exactly(file: BufferedReader | BytesIO, offset: int, count: int) -> Buffer:
+    """`count` bytes from `offset`; of a held file no copy.
 
     Raises:
         Rejection: the file ends before.
@@ -115,6 +156,8 @@ def read_exactly(file: BufferedReader | BytesIO, offset: int, count: int) -> byt
     left = file.seek(0, os.SEEK_END) - offset
     if count > left:
         raise Rejection(Reason.TRUNCATED, f"{max(0, left)} bytes of pixel data; {count} expected")
+    if isinstance(file, HeldFile):
+        return file.view[offset : offset + count]
     data = bytearray(count)
     file.seek(offset)
     got = file.readinto(data)

@@ -7,18 +7,16 @@ import math
 import os
 import string
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pydicom
 
 from preprocessing import decode, grayscale, policy, tiles
 from preprocessing.breast import Breast, Crop, find_breast
-from preprocessing.guard import Rejection
+from preprocessing.guard import Rejection, open_regular
 from preprocessing.manifest import COLUMNS, LEVEL_COLUMNS, level_column
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source, laterality, number, stem, text
@@ -73,12 +71,30 @@ def prepare(path: Path, row: Mapping[str, Any], settings: ConvertSettings) -> Pr
     return Prepared(levels, described)
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A converted file that `settle` has not yet made last: its journal entry, and the tiles' temporary files by the
+    places that they shall have."""
+
+    entry: dict[str, Any]
+    files: dict[Path, Path] = field(default_factory=dict, compare=False)  # their names differ from try to try
+
+
 def ingest(job: Job) -> dict[str, Any]:
     """Convert one file into the store.
 
     Returns:
         Its journal entry: `image_id`, what tells whether its source has changed, and either `facts` and `tiles` or
         `rejected` (reason and detail).
+
+    Raises:
+        WriteError: the store cannot be written.
+    """
+    return settle(stage(job))
+
+
+def stage(job: Job) -> Staged:
+    """Everything of `ingest` that costs a core: what is left is to wait for the disk.
 
     Raises:
         WriteError: the store cannot be written.
@@ -90,15 +106,30 @@ def ingest(job: Job) -> dict[str, Any]:
             raise Rejection("absent", source.problem)
         levels, facts = _levels_and_facts(job.images / source.path, source.columns, job.settings)
     except Rejection as rejection:
-        return entry | {"rejected": [rejection.reason, rejection.detail]}
+        return Staged(entry | {"rejected": [rejection.reason, rejection.detail]})
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  a fault of ours costs this file alone, and says where it lies
-        return entry | {"rejected": ["internal", _where(error)]}
+        return Staged(entry | {"rejected": ["internal", _where(error)]})
     facts["source_path"] = source.path
     if not source.columns and facts["format"] != "dicom" and "/" in source.path:
         facts["patient_id"] = source.path.split("/", maxsplit=1)[0]
-    return entry | {"facts": facts, "tiles": _write(job, levels, facts["patient_id"])}
+    described, files = _stage_tiles(job, levels, facts["patient_id"])
+    return Staged(entry | {"facts": facts, "tiles": described}, files)
+
+
+def settle(staged: Staged) -> dict[str, Any]:
+    """Wait until the tiles are on the disk, name them, and return the journal entry, which may now be written.
+
+    Raises:
+        WriteError: the store cannot be written.
+    """
+    try:
+        for path, temporary in staged.files.items():
+            tiles.settle(temporary, path)
+    except OSError as error:
+        raise _write_error(error) from None
+    return staged.entry
 
 
 def identity(images: Path, source: Source) -> dict[str, Any]:
@@ -158,7 +189,9 @@ def scratch_folder(store: Path) -> Path:
 def _levels_and_facts(
     path: Path, row: Mapping[str, Any], settings: ConvertSettings
 ) -> tuple[dict[str, tiles.Level], dict[str, Any]]:
-    decoded = decode.decode(path, settings)
+    with open_regular(path) as opened:
+        decoded = decode.decode_open(opened, settings)
+        sha256 = opened.sha256()
     header = decoded.header
     inverted = grayscale.is_inverted(header.photometric, header.rescale_slope) or number(row, "inverted") == 1
     picture = grayscale.to_tile_values(decoded, inverted)
@@ -167,11 +200,11 @@ def _levels_and_facts(
     low, high = _percentiles(picture, found)
     facts = {name: getattr(header, name) for name in COLUMNS if hasattr(header, name)}
     facts |= {
-        "patient_id": text(row, "patient_id") or _pseudonym(path, header.format),
+        "patient_id": text(row, "patient_id") or header.patient_id or stem(path.name),
         "source_path": path.name,
-        "source_bytes": path.stat().st_size,
-        "source_mtime_ns": path.stat().st_mtime_ns,
-        "source_sha256": _sha256(path),
+        "source_bytes": opened.bytes,
+        "source_mtime_ns": opened.mtime_ns,
+        "source_sha256": sha256,
         "decoder": decoded.decoder,
         "inverted": inverted,
         "percentile_low": low,
@@ -186,29 +219,14 @@ def _levels_and_facts(
     return tiles.build_levels(picture[crop.slices], settings.levels), facts
 
 
-def _pseudonym(path: Path, kind: str) -> str:
-    """The same for all files of a patient, and not the name or number that the DICOM file holds (0010,0020); the stem
-    of other files' names."""
-    if kind == "dicom":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote values
-            try:
-                known = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=True)
-                identifier = str(known.get("PatientID") or "").strip()
-            except Exception:  # noqa: BLE001  pydicom raises as many kinds as there are bad headers
-                identifier = ""
-        if identifier:
-            return "p" + hashlib.sha256(f"mammopipe patient {identifier}".encode()).hexdigest()[:16]
-    return stem(path.name)
-
-
 def _percentiles(picture: tiles.Level, found: Breast) -> tuple[float, float]:
     """The 0.5th and 99.5th percentile of the breast's values, padding left out; always low < high."""
-    step = max(1, min(picture.shape) // 1024)
-    sample = picture[::step, ::step]
-    rows = np.arange(sample.shape[0]) * step * found.mask.shape[0] // picture.shape[0]
-    columns = np.arange(sample.shape[1]) * step * found.mask.shape[1] // picture.shape[1]
-    values = sample[found.mask[np.ix_(rows, columns)] & (sample > 0)]
+    rows, columns = (
+        ((2 * np.arange(few) + 1) * many) // (2 * few)
+        for few, many in zip(found.mask.shape, picture.shape, strict=True)
+    )
+    sample = picture[rows[:, None], columns]  # the pixel in the middle of each of the mask's
+    values = sample[found.mask & (sample > 0)]
     if not values.size:
         values = picture.ravel()
     counts = np.cumsum(np.bincount(values))
@@ -216,23 +234,31 @@ def _percentiles(picture: tiles.Level, found: Breast) -> tuple[float, float]:
     return float(low), float(max(high, low + 1))
 
 
-def _write(job: Job, levels: dict[str, tiles.Level], patient: str) -> dict[str, list[Any]]:
-    """Write each distinct level once; returns path, rows, columns, CRC-32 and bytes by level."""
-    written: dict[int, list[Any]] = {}
-    by_level: dict[str, list[Any]] = {}
+def _stage_tiles(
+    job: Job, levels: dict[str, tiles.Level], patient: str
+) -> tuple[dict[str, list[Any]], dict[Path, Path]]:
+    """Stage each distinct level once; path, rows, columns, CRC-32 and bytes by level, and the temporary files."""
+    by_array: dict[int, list[Any]] = {}
+    described: dict[str, list[Any]] = {}
+    files: dict[Path, Path] = {}
     for name, level in levels.items():
-        if id(level) not in written:
+        if id(level) not in by_array:
             file = safe_name(job.source.image_id) + tiles.suffix(job.settings.codec)
             path = "/".join(("tiles", name, safe_name(patient), file))
             try:
-                done = tiles.write_level(
-                    job.store / path, level, job.settings.codec, job.settings.tile, scratch_folder(job.store)
-                )
+                done = tiles.stage_level(level, scratch_folder(job.store), job.settings.codec, job.settings.tile)
             except (OSError, tiles.TileError) as error:
-                raise WriteError(getattr(error, "strerror", None) or str(error)) from None
-            written[id(level)] = [path, *level.shape, done.crc32, done.bytes]
-        by_level[name] = written[id(level)]
-    return by_level
+                for temporary in files.values():
+                    temporary.unlink(missing_ok=True)
+                raise _write_error(error) from None
+            files[job.store / path] = done.temporary
+            by_array[id(level)] = [path, *level.shape, done.crc32, done.bytes]
+        described[name] = by_array[id(level)]
+    return described, files
+
+
+def _write_error(error: OSError | tiles.TileError) -> WriteError:
+    return WriteError(getattr(error, "strerror", None) or str(error))
 
 
 def tile_columns(by_level: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -242,11 +268,6 @@ def tile_columns(by_level: Mapping[str, list[Any]]) -> dict[str, Any]:
         for name, values in by_level.items()
         for column, value in zip(LEVEL_COLUMNS, values, strict=False)
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _where(error: Exception) -> str:

@@ -5,7 +5,6 @@ Each is checked as a DICOM codestream is, before a decoder sees it: size, bits, 
 
 from __future__ import annotations
 
-from io import BufferedReader
 from struct import unpack_from
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from tifffile import TiffFile
 
 from preprocessing.dicom_facts import Header
+from preprocessing.dicom_header import Source
 from preprocessing.guard import Reason, Rejection, check_size
 from preprocessing.settings import ConvertSettings
 
@@ -36,7 +36,7 @@ def sniff(head: bytes) -> str | None:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
 
 
-def decode(file: BufferedReader, kind: str, settings: ConvertSettings) -> tuple[NDArray[np.integer], Header, str]:
+def decode(file: Source, kind: str, settings: ConvertSettings) -> tuple[NDArray[np.integer], Header, str]:
     """The picture, [rows, columns] of uint8, uint16 or int16; its facts; and the decoder's name.
 
     Colour becomes its luminance. 8-bit pictures carry the window 0 … 255, which leaves them as they are.
@@ -96,7 +96,7 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
     raise Rejection(Reason.TRUNCATED, "the JPEG ends within its header")
 
 
-def _decode_tiff(file: BufferedReader, settings: ConvertSettings) -> tuple[NDArray[np.integer], Header, str]:
+def _decode_tiff(file: Source, settings: ConvertSettings) -> tuple[NDArray[np.integer], Header, str]:
     """A page of a TIFF file; reduced copies (NewSubfileType 1) are no pages."""
     file.seek(0)
     with TiffFile(file, name="picture.tif") as tiff:

@@ -17,9 +17,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimedOut
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -137,9 +138,16 @@ class Sandbox:
 
 
 def run_local(
-    function: Callable[[Task], Any], tasks: Iterable[Task], workers: int, limits: Limits
+    function: Callable[[Task], Any],
+    tasks: Iterable[Task],
+    workers: int,
+    limits: Limits,
+    finish: Callable[[Any], Any] | None = None,
 ) -> Generator[Outcome, None, None]:
     """Outcomes of `function` over `tasks`, in the order in which they come, from `workers` processes (0: one a core).
+
+    `finish` turns a result into what the outcome holds, in this process and while its worker is at the next task: for
+    what waits and does not work, such as for a disk. A worker's results are finished in order.
 
     Tasks are drawn as they are needed, by the thread that takes the outcomes; nothing is kept of a task whose outcome
     was taken. Close the generator to end the processes early.
@@ -150,15 +158,22 @@ def run_local(
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
     stop = object()
 
-    def work() -> None:
-        sandbox = Sandbox(function, limits)
+    def deliver(outcomes: list[Outcome]) -> None:
         try:
-            while (task := waiting.get()) is not stop:
-                results.put(sandbox.run(task))
+            results.put([_finished(outcome, finish) for outcome in outcomes])
         except BaseException as error:  # noqa: BLE001  raised again where the outcomes are taken
             results.put(error)
-        finally:
-            sandbox.close()
+
+    def work() -> None:
+        sandbox = Sandbox(function, limits)
+        with ThreadPoolExecutor(1) as finisher:
+            try:
+                while (task := waiting.get()) is not stop:
+                    finisher.submit(deliver, sandbox.run(task))
+            except BaseException as error:  # noqa: BLE001  as above
+                results.put(error)
+            finally:
+                sandbox.close()
 
     threads = [threading.Thread(target=work, name=f"convert-{i}", daemon=True) for i in range(count)]
     for thread in threads:
@@ -186,9 +201,14 @@ def run_local(
 
 
 def run_cluster(
-    function: Callable[[Task], Any], tasks: Iterable[Task], scheduler: str, limits: Limits
+    function: Callable[[Task], Any],
+    tasks: Iterable[Task],
+    scheduler: str,
+    limits: Limits,
+    finish: Callable[[Any], Any] | None = None,
 ) -> Generator[Outcome, None, None]:
-    """The same on the workers of a dask.distributed scheduler, each thread of them with a sandbox of its own.
+    """The same on the workers of a dask.distributed scheduler, each thread of them with a sandbox of its own. Results
+    are finished on the machine that made them.
 
     Raises:
         InputError: dask is not installed, or no scheduler answers at the address.
@@ -208,7 +228,7 @@ def run_cluster(
         completed = as_completed([], loop=client.loop)
 
         def submit(task: Task) -> None:
-            future = client.submit(_in_sandbox, function, task, limits, pure=False)
+            future = client.submit(_in_sandbox, function, task, limits, finish, pure=False)
             pending[future.key] = task
             completed.add(future)
 
@@ -246,7 +266,9 @@ def available_cores() -> int:
 _sandboxes = threading.local()
 
 
-def _in_sandbox(function: Callable[[Task], Any], task: Task, limits: Limits) -> list[Outcome]:
+def _in_sandbox(
+    function: Callable[[Task], Any], task: Task, limits: Limits, finish: Callable[[Any], Any] | None
+) -> list[Outcome]:
     """What a cluster's worker runs: the task in this thread's sandbox, made at the first call."""
     key = (function, limits)
     if getattr(_sandboxes, "key", None) != key:
@@ -254,7 +276,13 @@ def _in_sandbox(function: Callable[[Task], Any], task: Task, limits: Limits) -> 
             _sandboxes.sandbox.close()
         _sandboxes.sandbox, _sandboxes.key = Sandbox(function, limits), key
         atexit.register(_sandboxes.sandbox.close)
-    return _sandboxes.sandbox.run(task)
+    return [_finished(outcome, finish) for outcome in _sandboxes.sandbox.run(task)]
+
+
+def _finished(outcome: Outcome, finish: Callable[[Any], Any] | None) -> Outcome:
+    if finish is None or outcome.failure is not None:
+        return outcome
+    return replace(outcome, result=finish(outcome.result))
 
 
 def _allow_children() -> None:

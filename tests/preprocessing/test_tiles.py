@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +28,8 @@ def picture(rows: int = 700, columns: int = 530, bits: int = 16) -> np.ndarray:
     ("height", "width", "level", "size"),
     [
         (3328, 2560, "full", (3328, 2560)),
-        (3328, 2560, "2048", (2048, 1575)),
+        (3328, 2560, "2048", (2048, 1576)),  # four times 512 × 394
+        (3328, 2560, "512", (512, 394)),
         (2560, 3328, "512", (394, 512)),
         (640, 640, "1024", (640, 640)),
         (5000, 3, "512", (512, 1)),
@@ -36,7 +38,27 @@ def picture(rows: int = 700, columns: int = 530, bits: int = 16) -> np.ndarray:
 def test_a_level_is_named_by_its_longest_side_and_never_enlarged(
     height: int, width: int, level: str, size: tuple[int, int]
 ) -> None:
-    assert tiles.level_size(level, height, width) == size
+    assert tiles.level_sizes(LEVELS, height, width)[level] == size
+
+
+@pytest.mark.parametrize("levels", [LEVELS, ("full", "1500", "700", "350"), ("2000", "64")])
+@pytest.mark.parametrize("shape", [(3328, 2560), (2187, 1372), (1999, 41), (700, 530), (3, 900), (1, 5000)])
+def test_levels_are_whole_multiples_of_the_next_smaller_one_where_their_names_are(
+    levels: tuple[str, ...], shape: tuple[int, int]
+) -> None:
+    sizes = tiles.level_sizes(levels, *shape)
+    assert list(sizes) == list(levels)
+    longest, smallest = max(shape), min(shape)
+    for level, (rows, columns) in sizes.items():
+        assert rows <= shape[0]
+        assert columns <= shape[1]
+        expected = longest if level == "full" else min(longest, int(level))
+        assert max(rows, columns) == expected
+        assert abs(min(rows, columns) - smallest * expected / longest) <= max(1, 0.51 * expected / int(levels[-1]))
+    for larger, smaller in pairwise(levels):
+        if larger != "full" and int(larger) < longest and int(larger) % int(smaller) == 0 and smallest > 40:
+            times = int(larger) // int(smaller)
+            assert sizes[larger] == (times * sizes[smaller][0], times * sizes[smaller][1])
 
 
 def test_each_level_pixel_is_the_mean_of_the_source_pixels_that_it_covers() -> None:
@@ -45,7 +67,8 @@ def test_each_level_pixel_is_the_mean_of_the_source_pixels_that_it_covers() -> N
     for level, factor in (("1024", 2), ("512", 4)):
         rows, columns = source.shape[0] // factor, source.shape[1] // factor
         mean = source.reshape(rows, factor, columns, factor).mean(axis=(1, 3))
-        assert np.abs(built[level] - mean).max() <= 0.5 + 1e-3
+        roundings = 0.5 * (1 + (level == "512"))  # its own, and that of 1024, which it is made from
+        assert np.abs(built[level] - mean).max() <= roundings + 1e-3
 
 
 def test_fractional_area_averages_agree_with_exact_box_weights() -> None:

@@ -24,7 +24,8 @@ from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Mix, Plan
 from dali_pipes.sampling import hard_rows, row_weights
 from dali_pipes.settings import LoaderSettings, PipelineSettings
-from dali_pipes.source import Fault, Sample, Source
+from dali_pipes.source import Fault, Source
+from dali_pipes.steps import HostSteps
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store
 
@@ -86,6 +87,7 @@ class Loader:
         self._resources = ExitStack()
         self._cache: LevelCache | None = None
         self._graph: Any = None
+        self._steps: HostSteps | None = None
         self._feed: Iterator[_Fed] = iter(())
         self._underway: deque[_Fed] = deque()
         self._faults: dict[int, str] = {}
@@ -173,7 +175,8 @@ class Loader:
             self._graph = operator_pipeline(*fed, self._device.index, not encoded, on_device)
         else:
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
-            self._graph = host_pipeline(*fed, self._pool)
+            self._steps = HostSteps(self._pipeline_settings)
+            self._graph = host_pipeline(*fed)
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
         return torch.from_numpy(level.view(np.int16)).to(self._device)
@@ -188,17 +191,17 @@ class Loader:
         self._graph.reset()
         self._underway.clear()
 
-    def _next_fed(self) -> Sequence[Sequence[Any]]:
+    def _next_fed(self) -> Any:
         """What the graph asks for when it has room; StopIteration ends its epoch."""
         fed = next(self._feed)
         self._underway.append(fed)
-        return fed.columns
+        return fed.columns if self._steps is None else fed.columns[0]
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[_Fed]:
-        """Rows and samples, read one batch ahead of the graph."""
+        """Rows and samples, prepared one batch ahead of the graph."""
         assert self._pool is not None
         order = self._plan.order(epoch)
-        ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[Sample, Fault | None]]], list[Mix]]] = deque()
+        ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[Sequence[Any], Fault | None]]], list[Mix]]] = deque()
         for step in range(start_step, self._plan.steps + 1):
             if step < self._plan.steps:
                 places = self._plan.places(step)
@@ -211,8 +214,10 @@ class Loader:
                 columns = [list(column) for column in zip(*samples, strict=True)]
                 yield _Fed(rows, [fault for fault in faults if fault], columns, mixes)
 
-    def _sample(self, epoch: int, row: int, place: int) -> tuple[Sample, Fault | None]:
-        return self._source.sample(row, self._plan.sample(epoch, place))
+    def _sample(self, epoch: int, row: int, place: int) -> tuple[Sequence[Any], Fault | None]:
+        """What the graph is fed with of a sample: without a GPU the picture alone, all steps done."""
+        sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
+        return (sample if self._steps is None else (self._steps(*sample),)), fault
 
     def _take(self) -> Batch:
         """The batch that the graph has ready, as tensors."""

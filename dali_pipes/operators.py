@@ -193,6 +193,8 @@ def cut_holes(picture: Any, holes: Any) -> Any:
 
 
 def normalise(picture: Any, settings: PipelineSettings) -> Any:
-    """(v - mean) / std, CHW, with as many channels as asked for."""
-    scaled = fn.transpose((picture - settings.mean) * (1 / settings.std), perm=[2, 0, 1], output_layout="CHW")
+    """(v - mean) / std, float32 CHW, with as many channels as asked for."""
+    scaled = fn.crop_mirror_normalize(
+        picture, mean=[settings.mean], std=[settings.std], dtype=DALIDataType.FLOAT, output_layout="CHW"
+    )
     return fn.cat(*[scaled] * settings.channels, axis=0) if settings.channels > 1 else scaled

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType
 
-from dali_pipes.operators import all_steps
+from dali_pipes.operators import all_steps, normalise
 from dali_pipes.settings import PipelineSettings
-from dali_pipes.steps import HostSteps
 
 _FED = (  # `source.Sample`, in its order: type and dimensions
     (DALIDataType.UINT8, 1),
@@ -27,40 +24,31 @@ _FED = (  # `source.Sample`, in its order: type and dimensions
 
 
 def host_pipeline(
-    source: Callable[[], Sequence[Sequence[Any]]],
-    settings: PipelineSettings,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-    pool: ThreadPoolExecutor,
+    source: Callable[[], Sequence[Any]], settings: PipelineSettings, batch_size: int, threads: int, prefetch: int
 ) -> Pipeline:
-    """A pipeline without GPU: DALI feeds and prefetches, OpenCV does the steps on levels that the source decoded.
+    """The pipeline without GPU: the source has decoded with imagecodecs and done the steps with OpenCV, a sample a
+    thread; DALI normalises, makes batches and prefetches.
 
-    On a CPU OpenCV's warp takes a tenth of the time of DALI's, imagecodecs' decoders half of that of DALI's, and one
-    function for all steps keeps a sample in the cache from the window to the normalisation.
+    On a CPU OpenCV's warp takes a tenth of the time of DALI's, and imagecodecs' decoders half of that of DALI's. One
+    function for all of a sample keeps it in the processor's cache; steps in a `python_function` of the graph would have
+    all threads wait for the slowest sample of each batch.
 
     Args:
-        source: gives a batch, for each field of `source.Sample` the samples' arrays, pictures decoded; raises
-            StopIteration at the end.
+        source: gives a batch of pictures, float32 [H, W, 1] in [0, 1]; raises StopIteration at the end.
         settings: of the pipeline.
         batch_size: the largest batch.
         threads: of DALI.
         prefetch: batches prepared ahead.
-        pool: where the steps run.
 
     Returns:
         A built pipeline whose output is float32 [B, C, H, W].
     """
-    steps = HostSteps(settings)
-
-    def run(*columns: Sequence[Any]) -> list[Any]:
-        samples = zip(*([np.asarray(item) for item in column] for column in columns), strict=True)
-        return list(pool.map(lambda sample: steps(*sample), samples))
-
     pipeline = Pipeline(batch_size, threads, device_id=None, prefetch_queue_depth=prefetch, exec_dynamic=True)
     with pipeline:
-        fed = _fed(source, decoded=True)
-        pipeline.set_outputs(fn.python_function(*fed, function=run, batch_processing=True, output_layouts="CHW"))
+        pictures = fn.external_source(
+            source=source, batch=True, dtype=DALIDataType.FLOAT, ndim=3, layout="HWC", no_copy=True
+        )
+        pipeline.set_outputs(normalise(pictures, settings))
     pipeline.build()
     return pipeline
 
@@ -75,10 +63,11 @@ def operator_pipeline(
     decoded: bool = False,
     on_device: bool = False,
 ) -> Pipeline:
-    """The same pipeline with every step a DALI operator, on a GPU.
+    """The same with every step, and decoding, a DALI operator, on a GPU.
 
     Args:
-        source, settings, batch_size, threads, prefetch: as for `host_pipeline`.
+        source: gives a batch, for each field of `source.Sample` the samples' arrays; raises StopIteration at the end.
+        settings, batch_size, threads, prefetch: as for `host_pipeline`.
         device_id: of the GPU; None for DALI's CPU backend, where tests compare it with the other pipeline.
         decoded: the source gives levels as arrays, not files.
         on_device: the source gives levels as tensors on the GPU, int16 in the place of uint16.

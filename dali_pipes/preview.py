@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dali_pipes.plan import Draw, Plan
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Source
-from dali_pipes.steps import HostSteps
+from dali_pipes.steps import HostSteps, to_bytes
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store
 
@@ -59,7 +59,7 @@ def draw_sheet(
         original = f"{rows['laterality'].iloc[row]} {rows['view'].iloc[row]}" + (" cancer" if cancer[row] else "")
         captions = [original, *map(_described, draws[1:])]
         cells = [
-            _cell(_picture(source, steps, pipeline, row, draw), caption)
+            _cell(_picture(source, steps, row, draw), caption)
             for draw, caption in zip(draws, captions, strict=True)
         ]
         lines.append(np.concatenate(cells, axis=1))
@@ -69,12 +69,11 @@ def draw_sheet(
     return out
 
 
-def _picture(source: Source, steps: HostSteps, pipeline: PipelineSettings, row: int, draw: Draw) -> NDArray[np.uint8]:
+def _picture(source: Source, steps: HostSteps, row: int, draw: Draw) -> NDArray[np.uint8]:
     sample, fault = source.sample(row, draw)
     if fault is not None:
         raise StoreError(f"{fault.reason}. Mend the store with: python cli.py convert --repair")
-    normalised = steps(*sample)[0]
-    return np.clip((normalised * pipeline.std + pipeline.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return to_bytes(steps(*sample)[..., 0])
 
 
 def _cell(picture: NDArray[np.uint8], caption: str) -> NDArray[np.uint8]:

@@ -1,17 +1,19 @@
 """The two forms of the steps, OpenCV's and DALI's, give the same pictures: on DALI's CPU backend here, on a GPU where
 there is one."""
 
-from unittest import mock
-
+import numpy as np
 import pytest
 import torch
 
 from dali_pipes.loader import Loader
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
+from dali_pipes.plan import Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
+from dali_pipes.source import Source
 from tests.dali_pipes.stores import make_store
 
 CHANGES = ("hflip", "vflip", "affine", "window", "tone", "noise", "blur", "sharpen", "grid", "dropout", "grid_dropout")
+SMALL = PipelineSettings(height=64, width=48)
 NONE = dict.fromkeys(CHANGES, 0.0)
 CASES = {
     "plain": PipelineSettings(augment=AugmentSettings(**NONE)),
@@ -39,29 +41,36 @@ def pictures(store, settings, device):
     """Two batches, in grey values of 0 to 255; device "operators" is DALI's own CPU backend."""
     if (settings.height, settings.width) == (512, 512):
         settings = settings.model_copy(update={"height": 64, "width": 48})
-    loader = Loader(
-        store,
-        store.manifest,
-        settings,
-        LoaderSettings(batch_size=4, threads=2),
-        seed=3,
-        device="cuda" if device == "gpu" else "cpu",
-    )
-    with (
-        loader,
-        mock.patch("dali_pipes.loader.host_pipeline", on_operators if device == "operators" else host_pipeline),
-    ):
-        found = torch.cat([batch["image"].cpu() for batch in loader.epoch(1)])
+    if device == "operators":
+        found = on_operators(store, settings, encoded=False)
+    else:
+        sampling = LoaderSettings(batch_size=4, threads=2)
+        with Loader(store, store.manifest, settings, sampling, seed=3, device=device) as loader:
+            found = torch.cat([batch["image"].cpu() for batch in loader.epoch(1)])
     return (found * settings.std + settings.mean) * 255
 
 
-def on_operators(source, settings, batch_size, threads, prefetch, _pool):
-    """In the place of `host_pipeline`."""
-    return operator_pipeline(source, settings, batch_size, threads, prefetch, None, decoded=True)
+def on_operators(store, settings, encoded, train=True):
+    """What `Loader` gives, from the graph of operators on DALI's CPU backend: two batches."""
+    plan = Plan(
+        store.manifest["cancer"].to_numpy(np.float32),
+        LoaderSettings(batch_size=4, val_batch_size=4),
+        seed=3,
+        train=train,
+        augment=settings.augment,
+    )
+    source, order = Source(store, store.manifest, settings, encoded=encoded), plan.order(1)
+    fed = []
+    for step in range(2):
+        samples = [source.sample(int(order[place]), plan.sample(1, int(place)))[0] for place in plan.places(step)]
+        fed.append([list(column) for column in zip(*samples, strict=True)])
+    waiting = iter(fed)
+    graph = operator_pipeline(lambda: next(waiting), settings, 4, 2, 2, None, decoded=not encoded)
+    return torch.cat([torch.from_dlpack(graph.run()[0].as_tensor()).clone() for _ in range(2)])
 
 
 def agree(store, settings, device):
-    host, other = pictures(store, settings, "host"), pictures(store, settings, device)
+    host, other = pictures(store, settings, "cpu"), pictures(store, settings, device)
     difference = (host - other).abs()
     assert host.shape == other.shape
     assert difference.mean() <= 1
@@ -75,8 +84,27 @@ def test_opencv_and_dalis_cpu_operators_agree(store, case):
     assert most < 4
 
 
+@pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw", "none", "htj2k"])
+def test_the_graphs_own_decoders_give_the_bits_of_the_hosts(tmp_path, codec):
+    store = make_store(tmp_path / "store", count=8, codec=codec)
+    for settings in (SMALL, SMALL.model_copy(update={"patch_level": "full"})):
+        encoded, decoded = (on_operators(store, settings, encoded, train=False) for encoded in (True, False))
+        assert torch.equal(encoded, decoded)
+        assert encoded.std(dim=(1, 2, 3)).min() > 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalising_is_minus_mean_over_std(channels):
+    picture = np.random.default_rng(0).random((80, 60, 1), np.float32)
+    settings = PipelineSettings(channels=channels, mean=0.3, std=0.2)
+    graph = host_pipeline(lambda: [picture], settings, 1, 1, 1)
+    found = np.array(graph.run()[0].at(0))
+    assert found.shape == (channels, 80, 60)
+    assert np.abs(found - (picture[None, ..., 0] - 0.3) / 0.2).max() < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_cpu_and_gpu_agree(store, case):
-    agree(store, CASES[case], "gpu")
+    agree(store, CASES[case], "cuda")

@@ -4,7 +4,7 @@ import pytest
 
 from dali_pipes import steps
 from dali_pipes.plan import Draw
-from dali_pipes.settings import ClaheSettings, PipelineSettings
+from dali_pipes.settings import ClaheSettings
 from dali_pipes.source import NUMBERS, output_to_level
 from tests.dali_pipes.stores import smooth
 
@@ -86,6 +86,31 @@ def test_grid_distortion_looks_where_the_nodes_say():
     assert np.abs(found - GREY).mean() > 0.01
 
 
+@pytest.mark.parametrize("distorted", [False, True])
+def test_the_part_worked_out_holds_all_that_is_seen_of_the_level(distorted):
+    """Against the whole output through OpenCV, a white level: nothing outside the part may be brighter than black."""
+    rng = np.random.default_rng(1)
+    white = np.ones((80, 30), np.float32)
+    for _ in range(60):
+        draw = Draw(
+            angle=rng.uniform(-180, 180), zoom=rng.uniform(0.5, 2), shift_x=rng.uniform(-0.6, 0.6),
+            shift_y=rng.uniform(-0.6, 0.6), hflip=bool(rng.random() < 0.5), vflip=bool(rng.random() < 0.5),
+        )  # fmt: skip
+        matrix = output_to_level(80, 30, 64, 96, draw, False)
+        grid = rng.uniform(-5, 5, (4, 6, 2)).astype(np.float32) if distorted else NO_GRID
+        found = steps.warp(white, matrix.astype(np.float32), 64, 96, grid, numbers(grid=float(distorted)))
+        centred = matrix + [[0, 0, matrix[0, :2].sum() / 2 - 0.5], [0, 0, matrix[1, :2].sum() / 2 - 0.5]]
+        maps = steps.lookup_maps(centred, grid, 64, 96, (0, 0, 64, 96))
+        expected = cv2.remap(white, *maps, cv2.INTER_LINEAR, borderValue=0.0)
+        assert np.abs(found - expected).max() < 1 / 16  # both count in parts of a pixel at the level's edge
+        assert (found == 0).any()
+
+
+def test_a_level_shifted_out_of_the_output_leaves_it_black():
+    matrix = output_to_level(80, 60, 80, 60, Draw(shift_x=3.0), False).astype(np.float32)
+    assert not steps.warp(GREY, matrix, 80, 60, NO_GRID, numbers()).any()
+
+
 def test_a_warp_that_shrinks_does_not_alias():
     stripes = np.tile(np.array([0, 1], np.float32), (256, 128))  # the finest there are: nothing of them may be left
     matrix = output_to_level(256, 256, 64, 64, Draw(angle=3), False).astype(np.float32)
@@ -128,10 +153,3 @@ def test_holes_are_black_and_nothing_else_is():
     found = steps.cut_holes(np.ones((80, 60), np.float32), holes)
     assert found[:5, :7].sum() == found[70:, 50:].sum() == 0
     assert found.sum() == 80 * 60 - 35 - 100
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_normalising_is_minus_mean_over_std(channels):
-    found = steps.normalise(GREY.copy(), PipelineSettings(channels=channels, mean=0.3, std=0.2))
-    assert found.shape == (channels, 80, 60)
-    assert np.abs(found - (GREY - 0.3) / 0.2).max() < 1e-5

@@ -59,8 +59,7 @@ def draw_sheet(
         original = f"{rows['laterality'].iloc[row]} {rows['view'].iloc[row]}" + (" cancer" if cancer[row] else "")
         captions = [original, *map(_described, draws[1:])]
         cells = [
-            _cell(_picture(source, steps, row, draw), caption)
-            for draw, caption in zip(draws, captions, strict=True)
+            _cell(_picture(source, steps, row, draw), caption) for draw, caption in zip(draws, captions, strict=True)
         ]
         lines.append(np.concatenate(cells, axis=1))
     sheet = np.concatenate(lines, axis=0)

@@ -83,6 +83,10 @@ class PipelineSettings(_Settings):
     height: int = Field(default=512, ge=32, le=4096, description="Height of the training pictures in pixels.")
     width: int = Field(default=512, ge=32, le=4096, description="Width of the training pictures in pixels.")
     channels: Literal[1, 3] = Field(default=1, description="Channels of the tensors: 1, or 3 equal ones.")
+    dtype: Literal["float32", "float16"] = Field(
+        default="float32",
+        description="Numbers of the tensors: float16 halves their memory; the model turns them into its own.",
+    )
     patch_level: str | None = Field(
         default=None,
         description="Read patches of height × width pixels of this level ('full', '2048' ...) instead of whole "

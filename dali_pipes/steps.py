@@ -8,7 +8,9 @@ The order, and why:
     low-pass  where the warp shrinks
     warp      mirror, fit, flips, rotation, scale, shift and grid distortion in one resampling; outside is black
     blur, sharpen, noise, holes   in output pixels
-What is left, normalisation and channels, DALI does on both devices (operators.py). Pictures are 2-D arrays. `numbers` maps the names of `source.NUMBERS` to floats.
+What is left, normalisation and channels, DALI does on both devices (operators.py).
+
+Pictures are 2-D arrays. `numbers` maps the names of `source.NUMBERS` to floats.
 """
 
 from __future__ import annotations
@@ -249,7 +251,7 @@ def _gaussian(picture: Grey, sigma: float) -> Any:
 
 
 def _down(nodes: Grey, height: int, top: int, bottom: int) -> Grey:
-    """Rows `top` to `bottom` of `height`, interpolated linearly between evenly spaced ones: float32 [n, w] to [rows, w].
+    """Rows `top` to `bottom` of `height`, linear between evenly spaced ones: float32 [n, w] to [rows, w].
 
     Cell by cell and not as one matrix product, for which BLAS wakes a thread on every core that then spins for a while.
     """

@@ -103,7 +103,8 @@ class MammoModel(nn.Module):
         }
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The backbone's last feature map, [B, F, h, w]."""
+        """The backbone's last feature map, [B, F, h, w]; pictures may come in any floating-point type."""
+        x = x.to(self.head.weight.dtype)
         features = cast(nn.Module, self.backbone).forward_features(x)  # pyright: ignore[reportCallIssue]
         return _head_norm(self.backbone)(_as_map(features, self.backbone))
 

@@ -1,5 +1,6 @@
 """Levels decoded on the host: against what was encoded, and against tifffile."""
 
+import contextlib
 import io
 import struct
 
@@ -83,7 +84,5 @@ def test_damage_to_a_tiff_is_an_error_or_other_values_and_never_a_crash(codec):
         mutants.append(bytes(changed))
     mutants.append(data[:4] + struct.pack("<I", len(data) + 9) + data[8:])
     for mutant in mutants:
-        try:
+        with contextlib.suppress(TileError):
             assert decode(mutant, level.shape).shape == level.shape
-        except TileError:
-            pass

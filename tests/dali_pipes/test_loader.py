@@ -165,6 +165,25 @@ def test_three_channels_are_three_times_one(store):
     assert torch.equal(three, joined(batches(store)).expand(-1, 3, -1, -1))
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_half_precision_is_the_same_pictures_rounded(store, mixup):
+    pipeline = PIPELINE.model_copy(update={"augment": AUGMENT.model_copy(update={"mixup": mixup})})
+    half = joined(batches(store, pipeline=pipeline.model_copy(update={"dtype": "float16"})))
+    assert half.dtype == torch.float16
+    assert torch.equal(half, joined(batches(store, pipeline=pipeline)).half())
+
+
+def test_a_tile_of_another_size_than_the_manifest_says_costs_its_sample_alone(tmp_path):
+    other = make_store(tmp_path / "store", count=4)
+    rows = other.manifest.copy()
+    rows.loc[1, "height_64"] -= 1
+    settings = LoaderSettings(val_batch_size=4, threads=2)
+    with Loader(other, rows, PIPELINE, settings, train=False) as loader:
+        (batch,) = loader.epoch(0)
+        assert batch["ok"].tolist() == [True, False, True, True]
+        assert "expected 63" in loader.bad_samples[1]
+
+
 def test_the_level_read_is_the_smallest_that_need_not_be_enlarged(store, tmp_path):
     other = make_store(tmp_path / "store")
     for path in (other.root / "tiles" / "full").rglob("*.tif"):

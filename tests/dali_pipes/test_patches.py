@@ -108,14 +108,25 @@ def test_of_a_large_level_the_tiles_that_a_region_touches_are_decoded_and_no_oth
         decoded(encoded, (0, 0, 1024, 1024))
 
 
-def decoded(encoded, region):
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("region", [(0, 0, 600, 700), (260, 300, 240, 400)])
+@pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw", "none", "htj2k"])
+def test_mixed_decoding_gives_the_stored_values_of_every_codec(codec, region):
+    level = smooth(600, 700, 0)
+    top, left, rows, columns = region
+    found = decoded(np.frombuffer(encode_level(level, codec), np.uint8), region, "mixed")
+    assert np.array_equal(found, level[top : top + rows, left : left + columns])
+
+
+def decoded(encoded, region, device="cpu"):
     """A region of a file, through DALI."""
-    pipeline = Pipeline(1, 1, device_id=None, exec_dynamic=True)
+    pipeline = Pipeline(1, 1, device_id=None if device == "cpu" else 0, exec_dynamic=True)
     where = np.array(region, np.int32)
     with pipeline:
         tile = fn.external_source(source=lambda: [encoded], batch=True, dtype=DALIDataType.UINT8, ndim=1)
         start = fn.external_source(source=lambda: [where], batch=True, dtype=DALIDataType.INT32, ndim=1)
-        pipeline.set_outputs(decode_region(tile, start, "cpu"))
+        pipeline.set_outputs(decode_region(tile, start, device))
     pipeline.build()
     (output,) = pipeline.run()
-    return np.array(output.at(0))[..., 0]
+    return np.array(output.as_cpu().at(0))[..., 0]

@@ -99,7 +99,8 @@ def test_the_part_worked_out_holds_all_that_is_seen_of_the_level(distorted):
         matrix = output_to_level(80, 30, 64, 96, draw, False)
         grid = rng.uniform(-5, 5, (4, 6, 2)).astype(np.float32) if distorted else NO_GRID
         found = steps.warp(white, matrix.astype(np.float32), 64, 96, grid, numbers(grid=float(distorted)))
-        centred = matrix + [[0, 0, matrix[0, :2].sum() / 2 - 0.5], [0, 0, matrix[1, :2].sum() / 2 - 0.5]]
+        centred = matrix.copy()
+        centred[:, 2] += centred[:, :2].sum(axis=1) / 2 - 0.5
         maps = steps.lookup_maps(centred, grid, 64, 96, (0, 0, 64, 96))
         expected = cv2.remap(white, *maps, cv2.INTER_LINEAR, borderValue=0.0)
         assert np.abs(found - expected).max() < 1 / 16  # both count in parts of a pixel at the level's edge

@@ -51,6 +51,12 @@ def test_forward_is_cancers_logits_alone_and_every_head_has_them_all():
         assert torch.equal(model.embeddings(x), model.outputs(x)["embedding"])
 
 
+def test_half_precision_pictures_are_taken_by_a_float32_model():
+    model, x = _model(), torch.randn(2, 1, 64, 64).half()
+    with torch.inference_mode():
+        assert torch.equal(model(x), model(x.float()))
+
+
 @pytest.mark.parametrize("pooling", ["attention", "gem", "avg"])
 def test_the_map_is_not_negative_and_sums_to_one(pooling):
     model = _model(pooling=pooling)

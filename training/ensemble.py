@@ -162,12 +162,12 @@ class Ensemble:
                     image = batch["image"].to(self.device, non_blocking=True)
                     ok = batch["ok"].cpu().numpy()
                 with monitor.time("compute"):
-                    found = [self._probabilities(member, image, tta).cpu().numpy() for member in group.members]
+                    found = [self.probabilities(member, image, tta).cpu().numpy() for member in group.members]
                 yield batch["index"].cpu().numpy(), [np.where(ok, each.astype(np.float64), np.nan) for each in found]
             faults |= loader.bad_samples
 
     @torch.inference_mode()
-    def _probabilities(self, member: Member, image: Tensor, tta: bool) -> Tensor:
+    def probabilities(self, member: Member, image: Tensor, tta: bool = False) -> Tensor:
         """Probabilities, float32 [B], of pictures [B, C, H, W], as validation computes them."""
         layout = torch.channels_last if member.channels_last else torch.contiguous_format
         views = [image, image.flip(3)] if tta else [image]

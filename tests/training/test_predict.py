@@ -390,8 +390,8 @@ def test_mirror_images_are_averaged_in(data: Path, run: Path, tmp_path: Path, th
     image = torch.randn(3, 1, 64, 64)
     member = ensemble.groups[0].members[0]
     with torch.inference_mode():
-        once, mirrored = (ensemble._probabilities(member, each, False) for each in (image, image.flip(3)))
-        both = ensemble._probabilities(member, image, True)
+        once, mirrored = (ensemble.probabilities(member, each, False) for each in (image, image.flip(3)))
+        both = ensemble.probabilities(member, image, True)
     torch.testing.assert_close(both, (once + mirrored) / 2)
 
 

@@ -1,0 +1,333 @@
+"""Prediction's speed from DICOM files to a submission, by stage, beside a plain script.
+
+    python benchmarks/predict_speed.py [--model B3] [--size N] [--device cpu|gpu] [--json FILE]
+
+All take turns, so that other load on the machine meets every one, and medians over the turns are shown:
+    mammopipe             `predict` from a folder of DICOM files and a CSV, processes and model loading included
+    plain script          pydicom, OpenCV and the same timm model, a file at a time (plain_predict.py)
+    the same + workers    with torch's DataLoader decoding in one process a core
+    X alone               one of mammopipe's stages on all cores (the model: on the device), with nothing beside it
+
+"slowest stage alone" is what a machine whose stages do not compete can reach. On a CPU alone they do: decoding and
+model share the cores, and the floor is the processor time of all stages, each measured on one core, over the cores.
+The pictures are synthetic, 3328 by 2560, half JPEG 2000 and half JPEG Lossless, the encodings of the challenge.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import cv2
+import numpy as np
+import pandas as pd
+import plain_predict
+import timm
+import torch
+from crop_quality import breasts
+from pydicom import uid
+from rich.console import Console
+from rich.table import Table
+
+from dali_pipes.loader import Loader
+from preprocessing import decode, grayscale, ingest, tiles
+from preprocessing.breast import find_breast
+from preprocessing.convert import convert
+from preprocessing.manifest import Store, open_store
+from preprocessing.phantom import SIZES, render
+from preprocessing.settings import ConvertSettings
+from preprocessing.synth_dicom import MACHINES, Exposure, stored_values, write
+from preprocessing.table import Source, read_table
+from preprocessing.workers import available_cores
+from training import runs
+from training.config import Config, load_config
+from training.ensemble import Ensemble, open_ensemble
+from training.intake import narrowed, stream
+from training.model import build_model
+from training.predict import predict
+from training.submission import Results, asked_by_table, compose, judge
+
+SYNTAXES = (uid.JPEG2000Lossless, uid.JPEGLosslessSV1)
+DISTINCT = 8  # pictures drawn; the others are copies
+PICTURES_A_BREAST = 2
+OURS, PLAIN, WORKERS = "mammopipe", "plain script", "plain script + workers"
+STAGES = ("decode", "crop", "levels", "rest of intake", "pipeline", "model", "tables")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is predicted, and with what."""
+
+    images: Path
+    table: Path
+    run: Path
+    store: Store
+    scratch: Path
+    pictures: int
+    device: str
+    cores: int
+
+    @property
+    def breasts(self) -> float:
+        """Rows of the submission."""
+        return self.pictures / PICTURES_A_BREAST
+
+
+@dataclass
+class Row:
+    """A contestant or a stage by itself, and the seconds of its turns for all pictures."""
+
+    name: str
+    run: Callable[[], object]
+    seconds: list[float] = field(default_factory=list)
+
+
+def prepare(root: Path, pictures: int, config: Config, device: str) -> Work:
+    """Draw the pictures, their table, a store of the level that is read, and a run with random weights."""
+    images, table = root / "images", root / "test.csv"
+    drawn: list[bytes] = []
+    for number, (breast, view, seed) in enumerate(breasts(min(pictures, DISTINCT))):
+        machine = replace(MACHINES[0], transfer_syntax=SYNTAXES[number % len(SYNTAXES)])
+        exposure = Exposure("1", str(seed), breast.laterality, view, 60.0, breast.implant, SIZES["full"][2], seed)
+        drawn.append(write(stored_values(render(breast, view, seed, "full").picture, machine), machine, exposure))
+    rows = []
+    for number in range(pictures):
+        patient, side = str(number // 4), "LR"[number // 2 % 2]
+        row = {
+            "patient_id": patient,
+            "image_id": f"{number:06d}",
+            "laterality": side,
+            "view": ("CC", "MLO")[number % 2],
+        }
+        rows.append(row | {"prediction_id": f"{patient}_{side}"})
+        path = images / patient / f"{number:06d}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(drawn[number % len(drawn)])
+    pd.DataFrame(rows).to_csv(table, index=False)
+    run = make_run(root / "run", config)
+    settings = narrowed(ConvertSettings(), max(config.pipeline.height, config.pipeline.width))
+    convert(images, table, root / "store", settings)
+    (root / "scratch").mkdir()
+    return Work(images, table, run, open_store(root / "store"), root / "scratch", pictures, device, available_cores())
+
+
+def make_run(root: Path, config: Config) -> Path:
+    """One fold as training leaves it, its weights random."""
+    folder = root / "fold0"
+    settings = ConvertSettings().model_dump(mode="json")
+    runs.begin(folder, config, {"fold": 0, "store_settings": settings})
+    runs.save_best(folder, build_model(config.model, config.pipeline.channels), {"fold": 0})
+    validation = pd.DataFrame({"image_id": ["a", "b"], "patient_id": ["1", "2"], "laterality": "L", "view": "CC"})
+    validation = validation.assign(prediction_id=["1_L", "2_L"], cancer=[0, 1], prediction=[0.2, 0.8], machine_id="49")
+    runs.write_table(folder / runs.VALIDATION, validation.assign(site_id="1", age=60, density="B", implant=0, fold=0))
+    return root
+
+
+def contestants(work: Work, config: Config, ensemble: Ensemble) -> list[Row]:
+    """All that take turns."""
+    plain = timm.create_model(config.model.backbone, num_classes=1, in_chans=1, pretrained=False).eval()
+    plain = plain.to(work.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    side, group = config.pipeline.height, ensemble.groups[0]
+    picture = torch.zeros(group.loader.val_batch_size, 1, side, config.pipeline.width, device=work.device)
+
+    def ours() -> None:
+        summary = predict([work.run], work.scratch / "ours.csv", images=work.images, csv=work.table, device=work.device)
+        if summary.exit_code:
+            raise click.ClickException(str(summary))
+
+    def script(workers: int) -> None:
+        cv2.setNumThreads(work.cores)  # the loader sets it to one
+        arguments = (work.images, work.table, side, work.scratch / "plain.csv", work.device, workers)
+        plain_predict.predict(plain, *arguments)
+
+    def intake() -> None:
+        settings = narrowed(ensemble.settings, ensemble.longest_side)
+        with stream(work.images, read_table(work.table), True, settings, ensemble.batch) as chunks:
+            done = sum(len(chunk.rows) for chunk in chunks)
+        assert done == work.pictures
+
+    def pipeline() -> None:
+        rows = work.store.manifest
+        with Loader(work.store, rows, group.pipeline, group.loader, train=False, device=work.device) as loader:
+            for batch in loader.epoch(0):
+                batch["image"].to(work.device)
+
+    def model() -> None:
+        member = group.members[0]
+        for start in range(0, work.pictures, len(picture)):
+            ensemble.probabilities(member, picture[: work.pictures - start]).cpu()
+
+    return [
+        Row(OURS, ours),
+        Row(PLAIN, lambda: script(0)),
+        Row(WORKERS, lambda: script(work.cores)),
+        Row("intake alone", intake),
+        Row("pipeline alone", pipeline),
+        Row("model alone", model),
+    ]
+
+
+def by_stage(work: Work, ensemble: Ensemble) -> dict[str, float]:
+    """Milliseconds of processor time a picture on one core; intake is `ingest`, taken apart. The model's are those of
+    the host: on a GPU, of starting its kernels."""
+    spent: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    settings, group = narrowed(ensemble.settings, ensemble.longest_side), ensemble.groups[0]
+
+    def timed(stage: str, call: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = call()
+        spent[stage] += time.process_time() - start
+        return result
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    paths = sorted(work.images.rglob("*.dcm"))[:DISTINCT]
+    store = work.scratch / uuid.uuid4().hex
+    ingest.scratch_folder(store).mkdir(parents=True)
+    for path in paths:
+        found = timed("decode", lambda path=path: decode.decode(path, settings))
+        values = grayscale.to_tile_values(found, found.header.photometric == "MONOCHROME1")
+        crop = timed("crop", lambda values=values: find_breast(values, settings.crop_margin)).crop
+        timed("levels", lambda values=values, crop=crop: tiles.build_levels(values[crop.slices], settings.levels))
+        job = ingest.Job(path.parent, store, settings, Source(path.stem, path.name, {"patient_id": "p"}))
+        timed("rest of intake", lambda job=job: ingest.ingest(job))
+    spent["rest of intake"] -= spent["decode"] + spent["crop"] + spent["levels"]
+    rows = work.store.manifest.head(len(paths))
+    loader = group.loader.model_copy(update={"threads": 1})
+    with Loader(work.store, rows, group.pipeline, loader, train=False, device=work.device) as opened:
+        (batch,) = timed("pipeline", lambda: list(opened.epoch(0)))
+    image = batch["image"].to(work.device)
+    timed("model", lambda: ensemble.probabilities(group.members[0], image).cpu())
+    timed("tables", lambda: tables(work, ensemble, len(paths)))
+    torch.set_num_threads(work.cores)
+    return {stage: 1000 * seconds / len(paths) for stage, seconds in spent.items()}
+
+
+def tables(work: Work, ensemble: Ensemble, count: int) -> None:
+    """What is done with the probabilities of the first pictures."""
+    asked = asked_by_table(read_table(work.table).head(count))
+    facts = work.store.manifest.set_index("image_id").loc[asked["image_id"]].reset_index()
+    results = Results(facts, np.full((count, 1), 0.5), [])
+    written = compose(ensemble, judge(asked, results, False), results)
+    for name in ("submission", "pictures", "problems"):
+        runs.write_table(work.scratch / f"{name}.csv", getattr(written, name))
+
+
+def turn(row: Row, cores: int) -> None:
+    """One turn."""
+    torch.set_num_threads(cores)
+    start = time.perf_counter()
+    row.run()
+    row.seconds.append(time.perf_counter() - start)
+
+
+def summary(rows: list[Row], stages: list[dict[str, float]], work: Work, config: Config) -> dict[str, Any]:
+    """What goes into the JSON file."""
+    seconds = {row.name: statistics.median(row.seconds) for row in rows}
+    middle = {name: statistics.median(each[name] for each in stages) for name in STAGES}
+    alone = {name: value for name, value in seconds.items() if name.endswith(" alone")}
+    slowest = max(alone, key=lambda name: alone[name])
+    host = sum(value for name, value in middle.items() if name != "model" or work.device == "cpu")
+    floor = host / 1000 * work.pictures / work.cores
+    gpu = torch.cuda.get_device_name() if work.device != "cpu" else None
+    processor = platform.processor() or platform.machine()
+    return {
+        "machine": {"cpu": processor, "cores": work.cores, "gpu": gpu},
+        "model": config.model.backbone,
+        "size": config.pipeline.height,
+        "pictures": work.pictures,
+        "rows": [
+            {
+                "name": row.name,
+                "breasts_per_s": work.breasts / seconds[row.name],
+                "seconds": seconds[row.name],
+                "turns": row.seconds,
+            }
+            for row in rows
+        ],
+        "cpu_ms_by_stage": middle,
+        "slowest_stage_alone": slowest,
+        "cpu_floor_s": floor,
+        "ratios": {
+            "over_slowest_stage_alone": seconds[OURS] / alone[slowest],
+            "over_cpu_floor": seconds[OURS] / floor,
+            "plain_script": seconds[PLAIN] / seconds[OURS],
+            "plain_script_workers": seconds[WORKERS] / seconds[OURS],
+        },
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Two tables and the ratios."""
+    cores, pictures = found["machine"]["cores"], found["pictures"]
+    table = Table(title=f"{pictures} DICOM files, {found['model']} at {found['size']}, {cores} cores")
+    for name in ("", "breasts/s", "seconds"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in found["rows"]:
+        table.add_row(row["name"], f"{row['breasts_per_s']:.2f}", f"{row['seconds']:.2f}")
+    console.print(table)
+    listed = ", ".join(f"{stage} {ms:.1f}" for stage, ms in found["cpu_ms_by_stage"].items())
+    console.print(f"Processor time a picture on one core, ms: {listed}", highlight=False)
+    ratios = found["ratios"]
+    console.print(
+        f"mammopipe takes {ratios['over_slowest_stage_alone']:.2f} × the time of {found['slowest_stage_alone']}, "
+        f"{ratios['over_cpu_floor']:.2f} × the floor of all stages' processor time over {cores} cores; "
+        f"the plain script {ratios['plain_script']:.2f} × mammopipe's, {ratios['plain_script_workers']:.2f} × with "
+        "workers.",
+        highlight=False,
+    )
+
+
+@click.command()
+@click.option("--model", default="efficientnet_b3", show_default=True, help="timm's name of the backbone.")
+@click.option("--size", type=click.IntRange(32), default=512, show_default=True, help="Side of the model's input.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--pictures", type=click.IntRange(8), default=32, show_default=True, help="Files to predict.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of each.")
+@click.option("--json", "target", type=click.Path(path_type=Path), default=None, help="Write the figures there.")
+def main(model: str, size: int, device: str, pictures: int, repeats: int, target: Path | None) -> None:
+    """Measure and show."""
+    if device == "gpu" and not torch.cuda.is_available():
+        raise click.ClickException("--device gpu: torch sees no GPU here.")
+    place = "cuda" if device == "gpu" else "cpu"
+    config = load_config(
+        None,
+        (
+            f"model.backbone={model}",
+            "model.weights=none",
+            f"pipeline.height={size}",
+            f"pipeline.width={size}",
+        ),
+    )
+    console = Console()
+    folder = Path(tempfile.mkdtemp(prefix="predict-speed-"))
+    try:
+        with console.status("Drawing full-size pictures"):
+            work = prepare(folder, pictures, config, place)
+        ensemble = open_ensemble([work.run], place)
+        rows, stages = contestants(work, config, ensemble), []
+        for repeat in range(repeats):
+            for row in rows:
+                with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
+                    turn(row, work.cores)
+            stages.append(by_stage(work, ensemble))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    found = summary(rows, stages, work, config)
+    show(found, console)
+    if target:
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -208,7 +208,8 @@ def test_three_bad_images_of_thirty_cost_no_row(copy: Path, run: Path, through_s
     good, found = pd.read_csv(through_store), pd.read_csv(out)
     assert summary.exit_code == 3
     assert found["prediction_id"].tolist() == good["prediction_id"].tolist()
-    changed = good["cancer"] != found["cancer"]
+    # The other pictures come in other batches now, whose size may change a probability's last bits.
+    changed = ~np.isclose(good["cancer"], found["cancer"], rtol=0, atol=1e-6)
     assert changed.sum() == 2 - (table["prediction_id"] == one).eq(False).all()
     assert found.set_index("prediction_id").loc[breast, "cancer"] == pytest.approx(PRIOR)
     pictures = pd.read_csv(out.parent / "predictions_images.csv", dtype={"image_id": str}).set_index("image_id")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_voi_lut
 from torch.utils.data import DataLoader, Dataset
 
-BATCH = 32
+BATCH = 4  # a DataLoader hands a whole batch to one worker: large ones would leave the others idle on a short list
 
 
 def read(path: Path, side: int) -> NDArray[np.float32]:

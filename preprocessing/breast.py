@@ -14,6 +14,7 @@ docs/crop.md has what it keeps and drops.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -220,7 +221,7 @@ def _pieces(mask: Mask, edge: Mask) -> Mask:
     return _labelled(labels, count, labels[found])
 
 
-def _labelled(labels: NDArray[np.integer], count: int, wanted: NDArray[np.integer]) -> Mask:
+def _labelled(labels: NDArray[Any], count: int, wanted: NDArray[Any]) -> Mask:
     """Where `labels`, which are below `count`, are among those wanted."""
     chosen = np.zeros(count, bool)
     chosen[wanted] = True

@@ -49,6 +49,11 @@ def from_dicomsdl(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     return values
 
 
+def from_libjpeg_turbo(data: bytes, facts: Codestream) -> NDArray[np.integer]:
+    """Decode lossless JPEG with libjpeg-turbo through imagecodecs."""
+    return imagecodecs.jpeg8_decode(data)
+
+
 def from_libjpeg(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     """Decode with pylibjpeg-libjpeg, the ISO reference code."""
     return libjpeg_decode(data)
@@ -90,15 +95,15 @@ def from_deflate(data: bytes, facts: Codestream) -> NDArray[np.integer]:
 
 def choose(facts: Codestream) -> Codec:
     """The decoder of a codestream."""
-    if facts.kind is Kind.JPEG_LS and facts.precision < 8:
-        return SHALLOW_JPEG_LS
     return CODECS[facts.kind]
 
 
 CODECS: dict[Kind, Codec] = {
-    # dicomsdl wherever its result is right once it is shown the codestream's own facts.
-    Kind.JPEG_LOSSLESS: Codec("dicomsdl", from_dicomsdl),
-    Kind.JPEG_LS: Codec("dicomsdl", from_dicomsdl),
+    # dicomsdl wherever its result is right once it is shown the codestream's own facts, and nothing as exact is faster.
+    # libjpeg-turbo and CharLS give the same values for every reference and 1,500 mutants, in 0.7 and 0.85 of the time;
+    # dicomsdl refuses JPEG-LS below 8 bits besides.
+    Kind.JPEG_LOSSLESS: Codec("imagecodecs", from_libjpeg_turbo),
+    Kind.JPEG_LS: Codec("imagecodecs", from_charls),
     Kind.JPEG_2000: Codec("dicomsdl", from_dicomsdl),
     Kind.JPEG_BASELINE: Codec("dicomsdl", from_dicomsdl, lossless=False),
     # dicomsdl is a grey level off pydicom's values here and there: its inverse cosine transform rounds otherwise.
@@ -110,11 +115,8 @@ CODECS: dict[Kind, Codec] = {
     # dicomsdl writes past its buffer where segments hold more than the picture.
     Kind.RLE: Codec("imagecodecs", from_packbits),
 }
-SHALLOW_JPEG_LS = Codec("imagecodecs", from_charls)  # dicomsdl refuses fewer than 8 bits
 _DICOMSDL_SYNTAXES = {
     Kind.JPEG_BASELINE: b"1.2.840.10008.1.2.4.50",
-    Kind.JPEG_LOSSLESS: b"1.2.840.10008.1.2.4.57",
-    Kind.JPEG_LS: b"1.2.840.10008.1.2.4.80",
     Kind.JPEG_2000: b"1.2.840.10008.1.2.4.90",
 }
 

@@ -130,9 +130,10 @@ def encode_level(level: Level, codec: Codec = "zstd", tile: int = 256) -> bytes:
         return bytes(imagecodecs.htj2k_encode(np.ascontiguousarray(level), reversible=True))
     encode, _, options = _TILE_CODECS[codec]
     file = io.BytesIO()
+    encoded: Any = (encode(values.data) for values in _tiles(level, tile, "predictor" in options))
     tifffile.imwrite(
         file,
-        (encode(values.data) for values in _tiles(level, tile, "predictor" in options)),
+        encoded,
         shape=level.shape,
         dtype=np.uint16,
         tile=(tile, tile),

@@ -114,6 +114,14 @@ def synth(ctx: click.Context, out: Path, patients: int, seed: int, size: Any, co
     default=None,
     help=f"The pictures' table.  [default: {RSNA}/train.csv, or none with --images]",
 )
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME=COLUMN[:VALUE|VALUE]",
+    help="Take a column of another data set's table as ours, such as patient_id=study_id or "
+    "'cancer=pathology:MALIGNANT' (1 where the cell is one of the values); repeatable.",
+)
 @click.option("--out", type=_PATH, default=STORE, show_default=True, help="Store to write.")
 @click.option("--levels", default=None, help="Levels to write, such as full,2048,1024,512 (the default).")
 @click.option(
@@ -140,6 +148,7 @@ def convert(
     ctx: click.Context,
     images: Path | None,
     table: Path | None,
+    columns: tuple[str, ...],
     out: Path,
     levels: str | None,
     codec: str | None,
@@ -161,6 +170,8 @@ def convert(
 
     if images is None:
         images, table = RSNA / "train_images", table or RSNA / "train.csv"
+    if columns and table is None:
+        raise InputError("--column says how a table is read: give one with --csv.")
     given = {
         "levels": levels.split(",") if levels else None,
         "codec": codec,
@@ -170,7 +181,15 @@ def convert(
     settings = checked(ConvertSettings, {name: value for name, value in given.items() if value is not None}, "convert")
     with _console(ctx) as console, watched(console, "Converting", "files", "convert", out) as (_, advance):
         summary = conversion.convert(
-            images, table, out, settings, workers=workers, scheduler=scheduler, repair=repair, progress=advance
+            images,
+            table,
+            out,
+            settings,
+            workers=workers,
+            scheduler=scheduler,
+            repair=repair,
+            progress=advance,
+            columns=columns,
         )
     click.echo(summary)
     if preview:

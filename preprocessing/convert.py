@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -92,6 +92,7 @@ def convert(
     scheduler: str | None = None,
     repair: bool = False,
     progress: Report | None = None,
+    columns: Sequence[str] = (),
 ) -> ConvertSummary:
     """Convert a folder of pictures to a store, or complete one that was begun.
 
@@ -103,6 +104,7 @@ def convert(
         scheduler: address of a dask.distributed scheduler to run on instead.
         repair: verify every tile first and redo the damaged ones.
         progress: told of each finished file.
+        columns: how the columns of another data set's table are taken; see `mapping.map_columns`.
 
     Raises:
         InputError: the folder or the CSV does not hold what it must, or no scheduler answers.
@@ -112,7 +114,7 @@ def convert(
     images, out = images.absolute(), out.absolute()
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
-    listed = table.read_table(csv) if csv is not None else table.walk_folder(images)
+    listed = table.read_table(csv, columns) if csv is not None else table.walk_folder(images)
     _claim(out)
     with locked(out):
         _settle(out, settings)

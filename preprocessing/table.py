@@ -6,7 +6,7 @@ import math
 import os
 import posixpath
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from preprocessing.errors import InputError
+from preprocessing.mapping import map_columns, one_row_a_picture
 
 # Tried in this order before the patient's folder is listed for any other ending.
 _SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", "")
@@ -75,8 +76,13 @@ def stem(name: str) -> str:
     return front if ending.lower() in _SUFFIXES or ending[1:].isalpha() else base
 
 
-def read_table(csv: Path) -> pd.DataFrame:
-    """The source CSV as text, one row a picture, with `image_id` (the stem of `file` where the CSV has none).
+def read_table(csv: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """The source CSV as text, one row a picture, with `image_id` (where the CSV has none, the stem of `file`, or its
+    path where two files share a stem).
+
+    Args:
+        csv: the file.
+        columns: how another data set's columns are taken; see `mapping.map_columns`. Rows of one picture become one.
 
     Raises:
         InputError: the file is missing, empty or no CSV, lacks a column, names an image twice, or has an impossible
@@ -92,17 +98,20 @@ def read_table(csv: Path) -> pd.DataFrame:
         raise InputError(f"{csv}: the file is empty; expected a header line and one row an image.") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
         raise InputError(f"{csv}: not readable as a CSV: {' '.join(str(error).split())}") from None
+    table = map_columns(table, columns, csv)
     wanted = ["patient_id"] if "file" in table.columns else ["patient_id", "image_id"]
     missing = [column for column in wanted if column not in table.columns]
     if missing:
         raise InputError(
             f"{csv}: column {missing[0]} is missing; found {', '.join(map(str, table.columns))}. "
-            "Rename the columns to the challenge's (patient_id, image_id, laterality, view, cancer ...)."
+            "Say which column it is, such as --column patient_id=study_id; docs/data-preparation.md has examples."
         )
     if table.empty:
         raise InputError(f"{csv}: no rows below its header; expected one row an image.")
     if "image_id" not in table.columns:
-        table["image_id"] = [stem(str(name)) for name in table["file"]]
+        table["image_id"] = _named_after(table["file"])
+    if columns:
+        table = one_row_a_picture(table)
     _check(table, csv)
     return table
 
@@ -126,9 +135,15 @@ def walk_folder(images: Path) -> pd.DataFrame:
     if not files:
         raise InputError(f"{images}: no pictures below this folder; expected DICOM, PNG, JPEG or TIFF files.")
     table = pd.DataFrame({"file": files}, dtype=str)
-    stems = pd.Series([stem(name) for name in files], dtype=str)
-    table["image_id"] = stems.where(~stems.duplicated(keep=False), table["file"])
+    table["image_id"] = _named_after(table["file"])
     return table
+
+
+def _named_after(files: pd.Series) -> pd.Series:
+    """Each file's stem, or its path where another file shares it."""
+    stems = files.map(stem)
+    shared = stems[~files.duplicated()]
+    return stems.where(~stems.isin(shared[shared.duplicated()]), files)
 
 
 def sources(images: Path, table: pd.DataFrame, from_csv: bool) -> Iterator[Source]:

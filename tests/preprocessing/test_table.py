@@ -152,3 +152,60 @@ def test_other_columns_are_carried_with_a_type_that_fits_every_row(tmp_path: Pat
     assert math.isnan(table.extra_value(row, "BIRADS", types["BIRADS"]))
     assert table.extra_value(row, "flag", types["flag"]) is False
     assert table.extra_value(row, "note", types["note"]) == ""
+
+
+VINDR = (
+    "study_id,series_id,laterality,image_id,view_position,breast_birads,breast_density,split",
+    "a1,s1,L,i1,CC,BI-RADS 2,DENSITY C,training",
+    "a1,s1,R,i2,MLO,BI-RADS 5,DENSITY C,training",
+    "b2,s2,L,i3,CC,BI-RADS 4,DENSITY B,test",
+)
+CBIS = (
+    "patient_id,breast_density,left or right breast,image view,abnormality id,pathology,image file path",
+    "P_00001,3,LEFT,CC,1,MALIGNANT,Mass-Training_P_00001_LEFT_CC/1.3/9.5/000000.dcm",
+    "P_00001,3,LEFT,MLO,1,BENIGN,Mass-Training_P_00001_LEFT_MLO/1.3/9.7/000000.dcm",
+    "P_00004,3,RIGHT,CC,1,BENIGN_WITHOUT_CALLBACK,Mass-Training_P_00004_RIGHT_CC/2.4/8.1/000000.dcm",
+    "P_00004,3,RIGHT,CC,2,MALIGNANT,Mass-Training_P_00004_RIGHT_CC/2.4/8.1/000000.dcm",
+)
+
+
+def test_vindr_mammo_is_read_by_a_column_mapping(tmp_path: Path) -> None:
+    mapping = ("patient_id=study_id", "view=view_position", "cancer=breast_birads:BI-RADS 4|BI-RADS 5")
+    frame = table.read_table(csv(tmp_path, *VINDR), mapping)
+    assert list(frame["patient_id"]) == ["a1", "a1", "b2"]
+    assert list(frame["view"]) == ["CC", "MLO", "CC"]
+    assert list(frame["cancer"]) == ["0", "1", "1"]
+    assert list(frame["split"]) == ["training", "training", "test"]  # the set's own columns stay
+
+
+def test_cbis_ddsm_with_several_findings_a_picture_is_read_by_a_column_mapping(tmp_path: Path) -> None:
+    mapping = (
+        "laterality=left or right breast",
+        "view=image view",
+        "file=image file path",
+        "cancer=pathology:malignant",
+    )
+    frame = table.read_table(csv(tmp_path, *CBIS), mapping)
+    assert list(frame["cancer"]) == ["1", "0", "1"]  # the last has two findings, one of them malignant
+    assert list(frame["image_id"]) == list(frame["file"])  # all are called 000000.dcm
+    assert [table.laterality(row) for row in frame.to_dict("records")] == ["L", "L", "R"]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ("patient_id", "expected NAME=COLUMN"),
+        ("patient_id=", "expected NAME=COLUMN"),
+        ("view=projection", "has no column 'projection'; found study_id, series_id"),
+        ("cancer=birads:5", "has no column 'birads'"),
+        ("cancer=breast_birads:5", "no cell of 'breast_birads' in .* is '5'; found BI-RADS 2"),
+    ],
+)
+def test_a_mapping_that_fits_nothing_is_one_clear_line(tmp_path: Path, mapping: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        table.read_table(csv(tmp_path, *VINDR), (mapping,))
+
+
+def test_without_a_mapping_a_repeated_picture_stays_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lines 2 and 3"):
+        table.read_table(csv(tmp_path, "patient_id,image_id", "a,1", "a,1"))

@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-.PHONY: help install demo test test-all lint format gpu-check clean
+.PHONY: help install demo test lint format gpu-check docs-assets clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -38,6 +38,9 @@ gpu-check: $(VENV)/.installed ## the gpu tests and the benchmarks on this machin
 format: $(VENV)/.installed ## let ruff put the code in order
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+docs-assets: demo ## draw the README's pictures from the demo's output (needs Debian's chromium and chromium-driver)
+	@$(PY) docs/assets.py demo
 
 clean: ## remove what demo made and the caches (the environment stays)
 	@rm -rf demo .pytest_cache .ruff_cache build *.egg-info

@@ -114,9 +114,9 @@ def _summary(run: Run, result: dict[str, Any] | None) -> str:
     text += f" Judged on {counts}."
     if breast["auroc"] is None:
         return f"{text} Without both classes among them, ranking cannot be judged."
-    low, high = breast["intervals"].get("auroc") or (None, None)
-    interval = f" (95 % interval {_percent(low)} to {_percent(high)})" if low is not None else ""
-    unclear = "; that is not distinguishable from chance" if low is not None and low <= 0.5 else ""
+    ends = breast["intervals"].get("auroc")
+    interval = f" (95 % interval {_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
+    unclear = "; that is not distinguishable from chance" if ends and ends[0] <= 0.5 else ""
     text += (
         " Given one breast with cancer and one without, it ranks the right one higher "
         f"{_percent(breast['auroc'])} of the time{interval}{unclear}."
@@ -184,6 +184,7 @@ def _balance(rows: pd.DataFrame, column: str, title: str) -> str:
 
 
 def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a run, the best first and those that cannot be judged last."""
     rows = []
     for run in described:
         breast = (run["metrics"] or {}).get("breast", {})
@@ -199,7 +200,7 @@ def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 },
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: -(row["auroc"] if row["auroc"] is not None else -1.0))
 
 
 def _compared(described: list[dict[str, Any]]) -> list[str]:
@@ -214,7 +215,8 @@ def _compared(described: list[dict[str, Any]]) -> list[str]:
         if breast.get("auroc") is not None and ends:
             values[run["name"]] = (breast["auroc"], *ends)
     if values:
-        drawn.append(figures.intervals("AUROC per breast, 95 % intervals", values, "AUROC"))
+        ordered = dict(sorted(values.items(), key=lambda item: -item[1][0]))
+        drawn.append(figures.intervals("AUROC per breast, 95 % intervals", ordered, "AUROC"))
     curves = {}
     for run in described:
         breasts: pd.DataFrame | None = run.get("breasts")

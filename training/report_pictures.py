@@ -97,7 +97,7 @@ def _overlays(run: Run, store: Store, chosen: pd.DataFrame) -> dict[str, str]:
                 identity = pd.read_json(path, typ="series", dtype=False)["image_id"]
                 if picture is not None:
                     row = rows.loc[rows["image_id"] == str(identity)].iloc[0]
-                    found[str(identity)] = _uri(_cropped(picture, row), 2 * THUMBNAIL)
+                    found[str(identity)] = _uri(_cropped(np.asarray(picture, np.uint8), row), 2 * THUMBNAIL)
     return found
 
 

@@ -133,7 +133,7 @@ def test_many_runs_are_compared_and_few_shown_in_full(tmp_path):
     many = [make_run(tmp_path / f"run{index:02d}", folds=1, finished=index < 5) for index in range(50)]
     text = Page(report.write_report(many, tmp_path / "all.html")).text
     assert all(f"run{index:02d}" in text for index in range(50))
-    assert f"The first {report.MOST_IN_FULL} runs are shown in full" in text
+    assert f"run03: the first {report.MOST_IN_FULL} named are shown in full" in text
 
 
 def test_ids_with_markup_are_shown_as_text(tmp_path):

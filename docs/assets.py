@@ -40,7 +40,7 @@ def draw(demo: Path) -> list[Path]:
     found = [_save("crops", np.asarray(crops), 1600), _save("augmentation", np.asarray(sheet), 1400)]
     with _Browser(demo / "report.html") as page:
         for scheme in ("light", "dark"):
-            found.append(_save(f"report-{scheme}", page.shot(scheme, "h1", "section:2"), WIDTH))
+            found.append(_save(f"report-{scheme}", page.shot(scheme, "body", "h3"), WIDTH))
             found.append(_save(f"cases-{scheme}", page.shot(scheme, "section:4", "section:5"), WIDTH))
     return found
 
@@ -78,7 +78,7 @@ class _Browser:
         self._driver.quit()
 
     def shot(self, scheme: str, first: str, last: str) -> NDArray[np.uint8]:
-        """The page from one heading to another; `section:4` is the fourth section's, `h1` the page's own."""
+        """The page from the top of one element to that of another; `section:4` is the fourth section."""
         command = self._driver.execute_cdp_cmd
         size: dict[str, Any] = {"width": WIDTH, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         command("Emulation.setDeviceMetricsOverride", size)

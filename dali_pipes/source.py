@@ -7,11 +7,11 @@ found here, before a decoder sees it, and a black placeholder takes its place.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import imagecodecs
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -200,7 +200,8 @@ class Source:
             data = path.read_bytes()
         except OSError as error:
             raise _UnusableError(f"{path}: {error.strerror or type(error).__name__}") from None
-        if zlib.crc32(data) != int(self._rows[row][level_column("crc32", level)]):
+        # zlib's value, at several times its speed
+        if imagecodecs.deflate_crc32(data) != int(self._rows[row][level_column("crc32", level)]):
             raise _UnusableError(f"{path}: its CRC-32 is not the manifest's")
         return data
 

@@ -320,6 +320,13 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 @click.option("--csv", "table", type=_PATH, default=None, help=f"Their table.  [default: {RSNA}/test.csv]")
 @click.option("--out", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write.")
 @click.option("--tta/--no-tta", default=False, help="Average each prediction with its left-right mirror image's.")
+@click.option("--all-windows", is_flag=True, help="Average each prediction over the file's own windows.")
+@click.option(
+    "--weights",
+    default=None,
+    metavar="W,W,...|fitted",
+    help="How much each run counts, or 'fitted' on the breasts that all runs held out.  [default: equally]",
+)
 @click.option("--binary", is_flag=True, help="Write 0 and 1, cut at the threshold chosen out of fold.")
 @_calibrate
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
@@ -335,6 +342,8 @@ def predict(
     table: Path | None,
     out: Path,
     tta: bool,
+    all_windows: bool,
+    weights: str | None,
     binary: bool,
     calibrate: Any,
     explain: Path | None,
@@ -362,6 +371,8 @@ def predict(
             csv=table,
             device=device or "auto",
             tta=tta,
+            all_windows=all_windows,
+            weights=_weights(weights),
             binary=binary,
             calibrate=calibrate,
             explain=explain,
@@ -371,6 +382,16 @@ def predict(
         )
     click.echo(summary)
     ctx.exit(summary.exit_code)
+
+
+def _weights(text: str | None) -> Any:
+    """The `weights` of `predict` from the command line's text."""
+    if text is None or text == "fitted":
+        return text
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights {text}: expected numbers such as 2,1, one a run, or 'fitted'.") from None
 
 
 @main.command()

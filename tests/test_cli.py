@@ -150,6 +150,11 @@ def test_missing_store_says_how_to_make_one(tmp_path):
     assert "cli.py convert" in fails("train", "--store", tmp_path / "none", "--out", tmp_path / "r")
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    message = fails("predict", "--images", tmp_path, "--weights", "1;2", "--out", tmp_path / "s.csv")
+    assert "--weights 1;2: expected numbers" in message
+
+
 def test_unknown_fold_names_those_that_exist(work, tmp_path):
     message = fails("train", "--store", work / "store", "--fold", "7", "--out", tmp_path / "r", *TINY)
     assert "7" in message

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,10 +24,14 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import calibration, metrics, runs
+from training.blend import fit_weights
 from training.calibration import Calibration
 from training.device import pick_device, pick_precision
 from training.runs import FoldRun
 from training.timing import Untimed, timed
+from training.windows import through_window, window_counts
+
+Weights = Sequence[float] | Literal["fitted"] | None  # a run each
 
 # Settings of a conversion that change what a model sees; the others only change how tiles are kept.
 DECISIVE = ("levels", "crop", "crop_margin", "frame")
@@ -82,6 +86,28 @@ class Ensemble:
     device: torch.device
     calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
 
+    def describe(self) -> dict[str, Any]:
+        """What predictions of this ensemble are made with, for the record."""
+        return {
+            "runs": [
+                {"name": name, "weight": float(weight), "aggregate": aggregate, "models": hashes}
+                for name, weight, aggregate, hashes in zip(
+                    self.names, self.weights, self.aggregates, self._hashes(), strict=True
+                )
+            ],
+            "calibration": self.calibration.model_dump(mode="json"),
+            "threshold": self.threshold,
+            "prior": self.prior,
+        }
+
+    def _hashes(self) -> list[list[str]]:
+        """SHA-256 of the weights of each run's models."""
+        found: list[list[str]] = [[] for _ in self.names]
+        for group in self.groups:
+            for member in group.members:
+                found[member.run].append(member.sha256)
+        return found
+
     @property
     def batch(self) -> int:
         """Rows after which every group's batches are whole: chunks of a multiple of it have the same batches."""
@@ -99,6 +125,7 @@ class Ensemble:
         tta: bool = False,
         done: Callable[[int], None] | None = None,
         monitor: Any = None,
+        all_windows: bool = False,
     ) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Predict a set of pictures.
 
@@ -108,6 +135,7 @@ class Ensemble:
             tta: average each prediction with that of the picture's left-right mirror image.
             done: told the number of rows that all groups have finished since it was last told.
             monitor: times the wait for batches, their transfer and the models.
+            all_windows: average each prediction over the file's own windows instead of taking the first.
 
         Returns:
             Each run's probability, the mean of its folds, float64 [rows, runs], NaN where there is none; and, by the
@@ -116,12 +144,19 @@ class Ensemble:
         sums = np.zeros((len(rows), len(self.names)))
         counts = np.zeros(len(self.names))
         faults: dict[int, str] = {}
-        for last, group in zip([*[False] * (len(self.groups) - 1), True], self.groups, strict=True):
-            for index, found in self._run_group(group, store, rows, tta, faults, monitor or Untimed()):
+        passes = []
+        for group in self.groups:
+            offered = window_counts(rows, group.pipeline) if all_windows else np.ones(len(rows), np.int64)
+            passes += [(group, number, offered) for number in range(offered.max(initial=1))]
+        for at, (group, number, offered) in enumerate(passes, start=1):
+            shown = through_window(rows, number) if number else rows
+            for index, found in self._run_group(group, store, shown, tta, faults, monitor or Untimed()):
                 for member, probabilities in zip(group.members, found, strict=True):
-                    sums[index, member.run] += probabilities
-                if last and done:
+                    # A row that has no window of that number has shown all that it has.
+                    sums[index, member.run] += np.where(number < offered[index], probabilities / offered[index], 0)
+                if at == len(passes) and done:
                     done(len(index))
+        for group in self.groups:
             for member in group.members:
                 counts[member.run] += 1
         means = sums / counts
@@ -183,7 +218,7 @@ class Ensemble:
 def open_ensemble(
     folders: Sequence[Path],
     device: str = "auto",
-    weights: Sequence[float] | None = None,
+    weights: Weights = None,
     calibrate: calibration.Method = "none",
 ) -> Ensemble:
     """Load the best model of every fold of every run.
@@ -191,7 +226,8 @@ def open_ensemble(
     Args:
         folders: run folders (`runs/NAME`, all its folds) or single folds of them (`runs/NAME/fold0`).
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
-        weights: one a run, not negative; equal ones without it.
+        weights: one a run, not negative; 'fitted' for those of the least log loss on the breasts that every run held
+            out; equal ones without it.
         calibrate: how the breasts' probabilities are calibrated on the runs' out-of-fold predictions.
 
     Raises:
@@ -213,8 +249,9 @@ def open_ensemble(
         pipeline = config.pipeline.model_copy(update={"augment": PipelineSettings().augment})  # never used here
         key = f"{pipeline.model_dump_json()} {config.data.loader.val_batch_size}"
         grouped.setdefault(key, []).append((number, fold))
-    shares = _weights(weights, len(folders))
-    breasts = _out_of_fold(by_run, shares)
+    judged = _out_of_fold(by_run)
+    shares = _weights(weights, judged)
+    breasts = _mixed(judged, shares)
     fitted = calibration.fit(calibrate, breasts["cancer"], breasts["prediction"])
     return Ensemble(
         names=tuple(str(folder) for folder in folders),
@@ -286,21 +323,34 @@ def _settings(fold: FoldRun) -> ConvertSettings:
         ) from None
 
 
-def _out_of_fold(by_run: Sequence[Sequence[FoldRun]], weights: NDArray[np.float64]) -> pd.DataFrame:
-    """`cancer` and `prediction` of every breast that was held out, by prediction_id: the mean of the runs that held it
-    out, weighted."""
-    parts = []
-    for folds, weight in zip(by_run, weights, strict=True):
+def _out_of_fold(by_run: Sequence[Sequence[FoldRun]]) -> pd.DataFrame:
+    """Every breast that was held out, by prediction_id: `cancer`, and a column a run (0, 1, ...) with what the run
+    predicted, NaN where it did not hold the breast out."""
+    columns, cancer = [], []
+    for folds in by_run:
         pictures = pd.concat([fold.validation for fold in folds], ignore_index=True)
         breasts = metrics.per_breast(pictures, folds[0].config.train.aggregate).dropna(subset=["cancer"])
-        part = breasts[["prediction_id", "cancer", "prediction"]]
-        parts.append(part.assign(prediction=part["prediction"] * weight, weight=weight))
-    grouped = pd.concat(parts, ignore_index=True).groupby("prediction_id")
-    sums = grouped[["prediction", "weight"]].sum()
-    return pd.DataFrame({"cancer": grouped["cancer"].max(), "prediction": sums["prediction"] / sums["weight"]}).dropna()
+        breasts = breasts.set_index("prediction_id")
+        columns.append(breasts["prediction"])
+        cancer.append(breasts["cancer"])
+    labels = pd.concat(cancer).groupby(level=0).max()
+    return pd.concat([labels, *columns], axis=1, keys=["cancer", *range(len(columns))]).sort_index()
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:
+def _mixed(judged: pd.DataFrame, weights: NDArray[np.float64]) -> pd.DataFrame:
+    """`cancer` and `prediction` of every breast: the mean of the runs that held it out, weighted."""
+    by_run = judged.drop(columns="cancer").to_numpy(np.float64)
+    held_out = np.isfinite(by_run) * weights
+    with np.errstate(invalid="ignore"):
+        mixed = np.nansum(by_run * weights, axis=1) / held_out.sum(axis=1)
+    return judged[["cancer"]].assign(prediction=mixed).dropna()
+
+
+def _weights(weights: Weights, judged: pd.DataFrame) -> NDArray[np.float64]:
+    count = judged.shape[1] - 1
+    if isinstance(weights, str):
+        shared = judged.dropna()
+        return fit_weights(shared["cancer"], shared.drop(columns="cancer"))
     given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if len(given) != count or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
         raise InputError(f"weights: expected {count} numbers of 0 or more, not all 0; found {list(weights or [])}.")

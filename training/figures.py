@@ -59,7 +59,8 @@ def lines(
             if points:
                 axes.plot(*zip(*points, strict=True), marker=marker, ms=3.5, lw=1.6, color=colour, label=name)
         if len(series) > 1:
-            axes.legend()
+            # Searching for the best place takes a second for long time lines.
+            figure.legend(loc="outside lower center", ncols=min(len(series), 4))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useOffset=False)
         if x_label == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -200,7 +201,7 @@ def histogram(title: str, labels: NDArray[np.floating], scores: NDArray[np.float
             if chosen.size:
                 weights = np.full(chosen.size, 1 / chosen.size)
                 axes.hist(chosen, bins=bins, weights=weights, color=COLOURS[value], alpha=0.6, label=name)
-        axes.legend()
+        axes.legend(loc="upper right")
         return _svg(figure, title)
 
 

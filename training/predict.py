@@ -26,7 +26,7 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from training import runs
 from training.calibration import Method
-from training.ensemble import Ensemble, open_ensemble, require_same_conversion
+from training.ensemble import Ensemble, Weights, open_ensemble, require_same_conversion
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
 from training.submission import FACTS, Results, asked_by_store, asked_by_table, compose, judge
@@ -34,6 +34,7 @@ from training.timing import Untimed, timed
 
 IMAGES = "predictions_images.csv"
 PROBLEMS = "predictions_problems.csv"
+SETTINGS = "predictions_settings.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def predict(
     csv: Path | None = None,
     device: str = "auto",
     tta: bool = False,
-    weights: Sequence[float] | None = None,
+    all_windows: bool = False,
+    weights: Weights = None,
     binary: bool = False,
     calibrate: Method = "none",
     workers: int = 0,
@@ -93,7 +95,9 @@ def predict(
         csv: the pictures' table, one row a picture. Labels are not needed and not looked at.
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
         tta: average each prediction with that of the mirror image.
-        weights: one a run; equal ones without it.
+        all_windows: average each prediction over the file's own windows instead of taking the first.
+        weights: one a run, or 'fitted': those of the least log loss on the breasts that every run held out; equal ones
+            without it.
         binary: write 1 at or above the threshold of the best pF1 on the runs' out-of-fold predictions, and 0 below it,
             instead of probabilities.
         calibrate: 'temperature' or 'isotonic', fitted on the runs' out-of-fold predictions; an exported model brings
@@ -134,7 +138,7 @@ def predict(
         files = listed if listed is not None else tables.walk_folder(images)
         ensemble = _open(folders, model, device, weights, calibrate)
         asked = asked_by_table(files)
-        kept = Partial(out, _key(ensemble, images, files, listed is not None, tta))
+        kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
         settings = narrowed(ensemble.settings, ensemble.longest_side)
         chunks = stream(images, files, listed is not None, settings, ensemble.batch, kept.position, workers)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,10 +146,12 @@ def predict(
     if explain is not None:
         after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
     with chunks as taken:
-        results = _run(ensemble, taken, kept, len(asked), tta, progress, after, monitor or Untimed())
+        results = _run(ensemble, taken, kept, len(asked), (tta, all_windows), progress, after, monitor or Untimed())
     written = compose(ensemble, judge(asked, results, store is not None), results, binary)
     runs.write_table(out.parent / IMAGES, written.pictures)
     runs.write_table(out.parent / PROBLEMS, written.problems)
+    averaged = {"mirror_averaged": tta, "windows_averaged": all_windows}
+    runs.write_json(out.parent / SETTINGS, {**ensemble.describe(), **averaged, "binary": binary})
     runs.write_table(out, written.submission)
     kept.clear()
     return PredictSummary(
@@ -158,9 +164,7 @@ def predict(
     )
 
 
-def _open(
-    folders: Sequence[Path], model: Path | None, device: str, weights: Sequence[float] | None, calibrate: Method
-) -> Ensemble:
+def _open(folders: Sequence[Path], model: Path | None, device: str, weights: Weights, calibrate: Method) -> Ensemble:
     if model is None:
         return open_ensemble(folders, device, weights, calibrate)
     from training.export import open_exported
@@ -173,11 +177,12 @@ def _run(
     chunks: Iterator[Chunk],
     kept: Partial,
     total: int,
-    tta: bool,
+    averaged: tuple[bool, bool],
     progress: Report | None,
     after: Callable[[Chunk, NDArray[np.float64]], object] | None,
     monitor: Any,
 ) -> Results:
+    tta, all_windows = averaged
     done, rejected = kept.position, sum(len(part.failed) for part in kept.parts)
 
     def tell(more: int) -> None:
@@ -192,7 +197,7 @@ def _run(
         tell(len(failed))
         by_run, faults = np.zeros((0, len(ensemble.names))), {}
         if len(chunk.rows):
-            by_run, faults = ensemble.predict(chunk.store, chunk.rows, tta, tell, monitor)
+            by_run, faults = ensemble.predict(chunk.store, chunk.rows, tta, tell, monitor, all_windows)
             rejected += len(faults)
         if after and len(chunk.rows):
             after(chunk, by_run)
@@ -208,7 +213,7 @@ def _run(
     )
 
 
-def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, tta: bool) -> str:
+def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, averaged: tuple[bool, bool]) -> str:
     """Everything that a stream's predictions depend on."""
     listing = files.to_csv(index=False) if from_csv else "\n".join(files["image_id"])
     settings = ensemble.settings.model_dump_json()
@@ -217,7 +222,7 @@ def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, 
         + " ".join(f"{member.run} {member.sha256} {member.precision}" for member in group.members)
         for group in ensemble.groups
     ]
-    return "\n".join([*groups, settings, str(images.resolve()), str(tta), listing])
+    return "\n".join([*groups, settings, str(images.resolve()), str(averaged), listing])
 
 
 def _explain(

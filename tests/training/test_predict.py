@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -353,6 +354,9 @@ def test_runs_of_different_size_aggregation_and_weight_are_averaged_a_breast_at_
     both = pd.read_csv(tmp_path / "both.csv")
     expected = 0.25 * pd.read_csv(through_store)["cancer"] + 0.75 * alone["cancer"]
     np.testing.assert_allclose(both["cancer"], expected, rtol=1e-12)
+    settings = json.loads((tmp_path / "predictions_settings.json").read_text())
+    assert [(each["weight"], each["aggregate"]) for each in settings["runs"]] == [(0.25, "mean"), (0.75, "max")]
+    assert settings["mirror_averaged"] is False
 
 
 def test_a_submission_of_zeros_and_ones_is_cut_at_the_out_of_fold_threshold(
@@ -421,11 +425,10 @@ def test_a_stream_cut_short_goes_on_to_the_same_bytes(
     predict([run], out, progress=seen.append, **source)
     assert sum(predicted) == 30 - 24
     assert (seen[0].done, seen[-1].done) == (28, 30)
-    for name in ("submission.csv", "predictions_images.csv", "predictions_problems.csv"):
+    names = ["predictions_images.csv", "predictions_problems.csv", "predictions_settings.json", "submission.csv"]
+    for name in names:
         assert (tmp_path / name).read_bytes() == (through_store.parent / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("predictions_images.csv", "predictions_problems.csv", "submission.csv")
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_parts_of_another_prediction_are_not_taken_up(tmp_path: Path):

@@ -1,0 +1,86 @@
+"""Weights of runs, fitted out of fold, against a closed form, a grid and through a prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss
+
+from preprocessing.errors import InputError, RunError
+from tests.training.test_predict import make_run
+from training import runs
+from training.blend import fit_weights
+from training.ensemble import open_ensemble
+
+
+def _drawn(count: int = 2000, seed: int = 0):
+    """Labels drawn from a mixture of two independent predictors, 0.7 of the first, and both predictors."""
+    rng = np.random.default_rng(seed)
+    predictions = rng.uniform(0.02, 0.98, (count, 2))
+    return (rng.random(count) < predictions @ [0.7, 0.3]).astype(float), predictions
+
+
+def test_the_mixture_that_drew_the_labels_is_found():
+    labels, predictions = _drawn(20_000)
+    assert fit_weights(labels, predictions) == pytest.approx([0.7, 0.3], abs=0.05)
+
+
+def test_no_weights_on_a_grid_lose_less():
+    labels, predictions = _drawn(300, seed=1)
+    found = log_loss(labels, predictions @ fit_weights(labels, predictions))
+    grid = [log_loss(labels, predictions @ [share, 1 - share]) for share in np.linspace(0, 1, 201)]
+    assert found <= min(grid) + 1e-7
+
+
+def test_a_run_that_knows_nothing_counts_for_nothing():
+    labels, predictions = _drawn(2000, seed=2)
+    blind = np.full((2000, 1), 1 - labels.mean())
+    weights = fit_weights(labels, np.hstack([labels[:, None] * 0.8 + 0.1, blind]))
+    assert weights == pytest.approx([1, 0], abs=1e-6)
+    assert fit_weights(labels, predictions[:, :1]).tolist() == [1]
+
+
+def test_one_class_cannot_be_fitted():
+    with pytest.raises(RunError, match="--weights fitted"):
+        fit_weights([0, 0], [[0.1, 0.2], [0.3, 0.4]])
+
+
+def _spoilt(run: Path) -> Path:
+    """The run with predictions that say nothing."""
+    for fold in runs.open_run(run).folds:
+        runs.write_table(fold.folder / runs.VALIDATION, fold.validation.assign(prediction=0.5))
+    return run
+
+
+def test_an_ensemble_leaves_a_useless_run_out_and_says_so(tmp_path: Path):
+    good, useless = make_run(tmp_path / "good"), _spoilt(make_run(tmp_path / "useless", seed=1))
+    ensemble = open_ensemble([good, useless], "cpu", weights="fitted")
+    assert ensemble.weights == pytest.approx([1, 0], abs=1e-4)
+    described = json.loads(json.dumps(runs.plain(ensemble.describe())))
+    assert [run["name"] for run in described["runs"]] == [str(good), str(useless)]
+    assert [len(run["models"]) for run in described["runs"]] == [2, 2]
+    assert described["threshold"] == ensemble.threshold
+
+
+def test_runs_that_held_out_other_breasts_cannot_be_weighed(tmp_path: Path):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", seed=1)
+    for fold in runs.open_run(other).folds:
+        table = fold.validation
+        renamed = table.assign(prediction_id="x" + table["prediction_id"].astype(str))
+        runs.write_table(fold.folder / runs.VALIDATION, renamed)
+    with pytest.raises(RunError, match="0 breasts were held out by every run"):
+        open_ensemble([one, other], "cpu", weights="fitted")
+    with pytest.raises(InputError, match="expected 2 numbers"):
+        open_ensemble([one, other], "cpu", weights=[1])
+
+
+def test_breasts_of_one_run_alone_are_judged_by_that_run(tmp_path: Path):
+    """Equal weights: a breast that only one run held out keeps that run's prediction."""
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", folds=1, seed=1)
+    alone = open_ensemble([one], "cpu")
+    both = open_ensemble([one, other], "cpu")
+    assert both.threshold == alone.threshold  # all predict 0.3 and 0.7
+    assert both.prior == pytest.approx(alone.prior)

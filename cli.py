@@ -59,6 +59,13 @@ _calibrate = click.option(
     show_default=True,
     help="Calibrate probabilities on the out-of-fold predictions.",
 )
+_aggregate = click.option(
+    "--aggregate",
+    type=click.Choice(["run", "mean", "max", "noisy_or", "fitted"]),
+    default="run",
+    show_default=True,
+    help="From pictures to a breast: the run's own way, another, or a generalised mean fitted out of fold.",
+)
 _device = click.option("--device", default=None, help="'cpu', 'cuda', 'cuda:N' or 'auto' (the default).")
 _config = click.option("--config", "config_source", default=None, help="A preset's name or a YAML file.")
 _set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
@@ -329,6 +336,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 )
 @click.option("--binary", is_flag=True, help="Write 0 and 1, cut at the threshold chosen out of fold.")
 @_calibrate
+@_aggregate
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
 @_device
@@ -346,6 +354,7 @@ def predict(
     weights: str | None,
     binary: bool,
     calibrate: Any,
+    aggregate: Any,
     explain: Path | None,
     workers: int,
     device: str | None,
@@ -375,6 +384,7 @@ def predict(
             weights=_weights(weights),
             binary=binary,
             calibrate=calibrate,
+            aggregate=aggregate,
             explain=explain,
             workers=workers,
             progress=advance,
@@ -398,11 +408,12 @@ def _weights(text: str | None) -> Any:
 @click.option("--runs", type=_PATH, default=RUN, show_default=True, help="Run folder, or one fold of it, to export.")
 @click.option("--out", type=_PATH, default=None, help="Folder to write.  [default: export in the run folder]")
 @_calibrate
-def export(runs: Path, out: Path | None, calibrate: Any) -> None:
+@_aggregate
+def export(runs: Path, out: Path | None, calibrate: Any, aggregate: Any) -> None:
     """Write a run as ONNX and torch.export models, checked, with all that it takes to use them."""
     from training import export as exporting
 
-    click.echo(exporting.export(runs, out or runs / "export", calibrate))
+    click.echo(exporting.export(runs, out or runs / "export", calibrate, aggregate))
 
 
 @main.command()

@@ -1,12 +1,16 @@
-"""How much each run of an ensemble counts, fitted on breasts that none of its models learnt from."""
+"""How much each run of an ensemble counts, and how its pictures become a breast: fitted on breasts that no model learnt
+from."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from preprocessing.errors import RunError
+from training import metrics
 
+_PEAKED = 50.0  # an exponent that is as good as the maximum
 _MARGIN = 1e-7  # mixtures are kept this far from 0 and 1, where the loss is infinite
 
 
@@ -50,3 +54,39 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
     )
     weights = np.clip(found.x, 0, 1)
     return weights / weights.sum()
+
+
+def fit_aggregate(pictures: pd.DataFrame) -> str:
+    """The generalised mean that tells breasts with cancer best from those without, as `metrics` names it.
+
+    Its exponent has the least log loss after a logistic recalibration (Platt 1999): what is fitted is how pictures are
+    weighed against each other, not how sure the outcome is.
+
+    Args:
+        pictures: `prediction_id`, `cancer` and `prediction` of each, from models that did not learn from it.
+
+    Raises:
+        RunError: the breasts are all of one class.
+    """
+    from scipy.optimize import minimize_scalar
+    from sklearn.linear_model import LogisticRegression
+
+    known = pictures.dropna(subset=["cancer", "prediction"])
+    labels = known.groupby("prediction_id")["cancer"].max().to_numpy(np.float64)
+    if len(np.unique(labels)) < 2:
+        raise RunError(
+            "--aggregate fitted: the run's out-of-fold breasts are all of one class, so nothing can be fitted on them. "
+            "Train on more patients, or choose mean, max or noisy_or."
+        )
+
+    def loss(log_exponent: float) -> float:
+        breasts = metrics.aggregate_predictions(
+            known["prediction"], known["prediction_id"], f"power:{np.exp(log_exponent)}"
+        )
+        kept = np.clip(breasts.to_numpy(np.float64), _MARGIN, 1 - _MARGIN)
+        logits = (np.log(kept) - np.log1p(-kept))[:, None]
+        fitted = LogisticRegression(C=1e6).fit(logits, labels).predict_proba(logits)[:, 1]
+        return metrics.log_loss(labels, fitted)
+
+    found = minimize_scalar(loss, bounds=(0.0, float(np.log(_PEAKED))), method="bounded")
+    return f"power:{np.exp(found.x):.3f}"  # pyright: ignore[reportAttributeAccessIssue]

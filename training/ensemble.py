@@ -24,7 +24,7 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import calibration, metrics, runs
-from training.blend import fit_weights
+from training.blend import fit_aggregate, fit_weights
 from training.calibration import Calibration
 from training.device import pick_device, pick_precision
 from training.runs import FoldRun
@@ -32,6 +32,7 @@ from training.timing import Untimed, timed
 from training.windows import through_window, window_counts
 
 Weights = Sequence[float] | Literal["fitted"] | None  # a run each
+Aggregate = Literal["run", "mean", "max", "noisy_or", "fitted"]
 
 # Settings of a conversion that change what a model sees; the others only change how tiles are kept.
 DECISIVE = ("levels", "crop", "crop_margin", "frame")
@@ -220,6 +221,7 @@ def open_ensemble(
     device: str = "auto",
     weights: Weights = None,
     calibrate: calibration.Method = "none",
+    aggregate: Aggregate = "run",
 ) -> Ensemble:
     """Load the best model of every fold of every run.
 
@@ -229,6 +231,8 @@ def open_ensemble(
         weights: one a run, not negative; 'fitted' for those of the least log loss on the breasts that every run held
             out; equal ones without it.
         calibrate: how the breasts' probabilities are calibrated on the runs' out-of-fold predictions.
+        aggregate: from pictures to a breast: each run's own way, another one for all, or 'fitted': the generalised mean
+            of the least log loss on each run's out-of-fold predictions.
 
     Raises:
         RunError: a run is missing, unfinished or damaged, or the runs were trained on stores converted differently.
@@ -249,7 +253,9 @@ def open_ensemble(
         pipeline = config.pipeline.model_copy(update={"augment": PipelineSettings().augment})  # never used here
         key = f"{pipeline.model_dump_json()} {config.data.loader.val_batch_size}"
         grouped.setdefault(key, []).append((number, fold))
-    judged = _out_of_fold(by_run)
+    pictures = [pd.concat([fold.validation for fold in found], ignore_index=True) for found in by_run]
+    aggregates = [_aggregate(aggregate, found, each) for found, each in zip(by_run, pictures, strict=True)]
+    judged = _out_of_fold(pictures, aggregates)
     shares = _weights(weights, judged)
     breasts = _mixed(judged, shares)
     fitted = calibration.fit(calibrate, breasts["cancer"], breasts["prediction"])
@@ -257,7 +263,7 @@ def open_ensemble(
         names=tuple(str(folder) for folder in folders),
         groups=tuple(_group(members, place) for members in grouped.values()),
         weights=shares,
-        aggregates=tuple(found[0].config.train.aggregate for found in by_run),
+        aggregates=tuple(aggregates),
         # Half a breast is added to either class, so that it is never 0 or 1 (Krichevsky & Trofimov 1981).
         prior=(float(breasts["cancer"].sum()) + 0.5) / (len(breasts) + 1),
         threshold=metrics.pf1_best(breasts["cancer"], fitted(breasts["prediction"]))[1],
@@ -323,14 +329,18 @@ def _settings(fold: FoldRun) -> ConvertSettings:
         ) from None
 
 
-def _out_of_fold(by_run: Sequence[Sequence[FoldRun]]) -> pd.DataFrame:
+def _aggregate(aggregate: Aggregate, folds: Sequence[FoldRun], pictures: pd.DataFrame) -> str:
+    if aggregate == "fitted":
+        return fit_aggregate(pictures)
+    return folds[0].config.train.aggregate if aggregate == "run" else aggregate
+
+
+def _out_of_fold(pictures: Sequence[pd.DataFrame], aggregates: Sequence[str]) -> pd.DataFrame:
     """Every breast that was held out, by prediction_id: `cancer`, and a column a run (0, 1, ...) with what the run
     predicted, NaN where it did not hold the breast out."""
     columns, cancer = [], []
-    for folds in by_run:
-        pictures = pd.concat([fold.validation for fold in folds], ignore_index=True)
-        breasts = metrics.per_breast(pictures, folds[0].config.train.aggregate).dropna(subset=["cancer"])
-        breasts = breasts.set_index("prediction_id")
+    for each, aggregate in zip(pictures, aggregates, strict=True):
+        breasts = metrics.per_breast(each, aggregate).dropna(subset=["cancer"]).set_index("prediction_id")
         columns.append(breasts["prediction"])
         cancer.append(breasts["cancer"])
     labels = pd.concat(cancer).groupby(level=0).max()

@@ -34,7 +34,7 @@ from preprocessing.settings import ConvertSettings
 from training import runs
 from training.calibration import Calibration, Method
 from training.device import pick_device
-from training.ensemble import Ensemble, Group, Member, open_ensemble
+from training.ensemble import Aggregate, Ensemble, Group, Member, open_ensemble
 
 ONNX, PROGRAM, DESCRIPTION = "model.onnx", "model.pt2", "model.json"
 FORMAT = "mammopipe-export"
@@ -95,20 +95,21 @@ class OnnxModel:
         return torch.logit(torch.from_numpy(found)).to(image.device)
 
 
-def export(folder: Path, out: Path, calibrate: Method = "none") -> ExportSummary:
+def export(folder: Path, out: Path, calibrate: Method = "none", aggregate: Aggregate = "run") -> ExportSummary:
     """Write a run, or one fold of it, as models for other programs. See the module's text for the files.
 
     Args:
         folder: `runs/NAME` or `runs/NAME/foldK`.
         out: folder for the files; those of an earlier export are replaced.
         calibrate: how breasts' probabilities are calibrated; kept in model.json, the graph itself stays as it is.
+        aggregate: from pictures to a breast, as `open_ensemble` takes it; kept there, too.
 
     Raises:
         RunError: a run that is missing, unfinished or damaged, or an exported model that does not say what torch says.
         ConfigError: onnx, onnxscript or onnxruntime is not installed.
     """
     _onnxruntime()
-    ensemble = open_ensemble([folder], "cpu", calibrate=calibrate)
+    ensemble = open_ensemble([folder], "cpu", calibrate=calibrate, aggregate=aggregate)
     group, *others = ensemble.groups
     if others:
         raise RunError(f"{folder}: its folds were trained with different pipelines; export each by itself.")

@@ -113,7 +113,13 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, threshold: float) -> di
 
 
 def aggregate_predictions(predictions: pd.Series, groups: pd.Series, aggregate: str) -> pd.Series:
-    """One prediction a group: `mean`, `max`, or `noisy_or` (1 - product of 1 - p: any picture can raise alarm)."""
+    """One prediction a group: `mean`, `max`, `noisy_or` (1 - product of 1 - p: any picture can raise alarm), or
+    `power:P`, the generalised mean of exponent P: 1 is the mean, and the larger, the nearer it is to the maximum."""
+    if aggregate.startswith("power:"):
+        exponent = float(aggregate.removeprefix("power:"))
+        highest = predictions.groupby(groups).transform("max").clip(lower=1e-12)  # so that no power is too small
+        powers = ((predictions / highest) ** exponent).groupby(groups, sort=True).mean()
+        return powers ** (1 / exponent) * highest.groupby(groups, sort=True).first()
     grouped = predictions.groupby(groups, sort=True)
     if aggregate == "noisy_or":
         kept = pd.Series(np.log1p(-predictions.to_numpy(np.float64).clip(0, 1 - 1e-12)), index=predictions.index)

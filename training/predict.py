@@ -26,7 +26,7 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from training import runs
 from training.calibration import Method
-from training.ensemble import Ensemble, Weights, open_ensemble, require_same_conversion
+from training.ensemble import Aggregate, Ensemble, Weights, open_ensemble, require_same_conversion
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
 from training.submission import FACTS, Results, asked_by_store, asked_by_table, compose, judge
@@ -77,6 +77,7 @@ def predict(
     weights: Weights = None,
     binary: bool = False,
     calibrate: Method = "none",
+    aggregate: Aggregate = "run",
     workers: int = 0,
     explain: Path | None = None,
     explain_threshold: float = 0.5,
@@ -102,6 +103,7 @@ def predict(
             instead of probabilities.
         calibrate: 'temperature' or 'isotonic', fitted on the runs' out-of-fold predictions; an exported model brings
             its own.
+        aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
         explain: folder for overlays of the pictures that reach `explain_threshold`; see `explain.py`.
@@ -120,14 +122,14 @@ def predict(
         raise InputError("predict takes either a store (--store) or a folder of pictures (--images).")
     if model is not None and (folders or weights is not None):
         raise InputError("predict takes runs (--runs) or one exported model (--model), not both.")
-    if model is not None and calibrate != "none":
-        raise InputError("--calibrate is chosen when a model is exported; leave it out with --model.")
+    if model is not None and (calibrate != "none" or aggregate != "run"):
+        raise InputError("--calibrate and --aggregate are chosen when a model is exported; leave them out here.")
     if model is not None and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
     listed = tables.read_table(csv) if csv is not None else None
     if store is not None:
         opened = open_store(store)
-        ensemble = _open(folders, model, device, weights, calibrate)
+        ensemble = _open(folders, model, device, weights, calibrate, aggregate)
         require_same_conversion(ensemble, opened)
         asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
         kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
@@ -136,7 +138,7 @@ def predict(
         if not images.is_dir():
             raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
         files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = _open(folders, model, device, weights, calibrate)
+        ensemble = _open(folders, model, device, weights, calibrate, aggregate)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
         settings = narrowed(ensemble.settings, ensemble.longest_side)
@@ -164,9 +166,11 @@ def predict(
     )
 
 
-def _open(folders: Sequence[Path], model: Path | None, device: str, weights: Weights, calibrate: Method) -> Ensemble:
+def _open(
+    folders: Sequence[Path], model: Path | None, device: str, weights: Weights, calibrate: Method, aggregate: Aggregate
+) -> Ensemble:
     if model is None:
-        return open_ensemble(folders, device, weights, calibrate)
+        return open_ensemble(folders, device, weights, calibrate, aggregate)
     from training.export import open_exported
 
     return open_exported(model, device)

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import log_loss
 
 from preprocessing.errors import InputError, RunError
 from tests.training.test_predict import make_run
-from training import runs
-from training.blend import fit_weights
+from training import metrics, runs
+from training.blend import fit_aggregate, fit_weights
 from training.ensemble import open_ensemble
 
 
@@ -46,6 +47,55 @@ def test_a_run_that_knows_nothing_counts_for_nothing():
 def test_one_class_cannot_be_fitted():
     with pytest.raises(RunError, match="--weights fitted"):
         fit_weights([0, 0], [[0.1, 0.2], [0.3, 0.4]])
+
+
+@pytest.mark.parametrize("exponent", [1, 2.5, 40])
+def test_the_generalised_mean_is_its_closed_form(exponent):
+    predictions, groups = pd.Series([0.2, 0.6, 0.9, 0.0, 0.0]), pd.Series(["a", "a", "b", "c", "c"])
+    found = metrics.aggregate_predictions(predictions, groups, f"power:{exponent}")
+    expected = [((0.2**exponent + 0.6**exponent) / 2) ** (1 / exponent), 0.9, 0.0]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def _pictures(peaked: bool, breasts: int = 3000) -> pd.DataFrame:
+    """Four pictures a breast. Cancer shows in one of them where `peaked`, else a little in all."""
+    rng = np.random.default_rng(0)
+    cancer = (rng.random(breasts) < 0.3).astype(float)
+    lift = np.zeros((breasts, 4))
+    lift[:, 0] = 3.0
+    logits = rng.normal(-1, 1, (breasts, 4)) + cancer[:, None] * (lift if peaked else 0.8)
+    return pd.DataFrame(
+        {
+            "prediction_id": np.repeat(np.arange(breasts), 4).astype(str),
+            "cancer": np.repeat(cancer, 4),
+            "prediction": (1 / (1 + np.exp(-logits))).ravel(),
+        }
+    )
+
+
+def test_the_exponent_follows_how_cancer_shows():
+    everywhere, somewhere = (fit_aggregate(_pictures(peaked)) for peaked in (False, True))
+    assert float(everywhere.removeprefix("power:")) < 1.5
+    assert float(somewhere.removeprefix("power:")) > 3
+    pictures = _pictures(peaked=True)
+    auroc = [
+        metrics.summarise(breasts["cancer"], breasts["prediction"])["auroc"]
+        for breasts in (metrics.per_breast(pictures.assign(patient_id="p"), each) for each in (somewhere, "mean"))
+    ]
+    assert auroc[0] > auroc[1] + 0.01
+
+
+def test_breasts_of_one_class_fit_no_exponent():
+    with pytest.raises(RunError, match="--aggregate fitted"):
+        fit_aggregate(_pictures(peaked=True).assign(cancer=0.0))
+
+
+def test_an_ensemble_aggregates_as_it_is_told(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    assert open_ensemble([run], "cpu").aggregates == ("mean",)
+    assert open_ensemble([run], "cpu", aggregate="noisy_or").aggregates == ("noisy_or",)
+    (fitted,) = open_ensemble([run], "cpu", aggregate="fitted").aggregates
+    assert fitted.startswith("power:")
 
 
 def _spoilt(run: Path) -> Path:

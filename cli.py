@@ -319,7 +319,14 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 
 @main.command()
 @click.option("--runs", type=_PATH, multiple=True, help=f"Run folders to average; repeatable.  [default: {RUN}]")
-@click.option("--model", type=_PATH, default=None, metavar="ONNX", help="Instead of runs, a model that export wrote.")
+@click.option(
+    "--model",
+    "models",
+    type=_PATH,
+    multiple=True,
+    metavar="ONNX",
+    help="Instead of runs, models that export wrote; repeatable.",
+)
 @click.option("--store", type=_PATH, default=None, help="Predict the pictures of a store.")
 @click.option(
     "--images", type=_PATH, default=None, help=f"Predict a folder of pictures.  [default: {RSNA}/test_images]"
@@ -344,7 +351,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 def predict(
     ctx: click.Context,
     runs: tuple[Path, ...],
-    model: Path | None,
+    models: tuple[Path, ...],
     store: Path | None,
     images: Path | None,
     table: Path | None,
@@ -372,9 +379,9 @@ def predict(
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
     with _console(ctx) as console, watched(console, "Predicting", "images", "predict") as (monitor, advance):
         summary = prediction.predict(
-            list(runs) or ([] if model else [RUN]),
+            list(runs) or ([] if models else [RUN]),
             out,
-            model=model,
+            model=models,
             store=store,
             images=images,
             csv=table,

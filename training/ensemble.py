@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,10 +71,12 @@ class Ensemble:
         weights: of each run, float64 [runs], summing to 1.
         aggregates: each run's way from pictures to a breast.
         prior: share of breasts with cancer among those that the runs were validated on.
-        threshold: of the best pF1 on the runs' out-of-fold predictions, aggregated and weighted as here.
+        threshold: of the best pF1 on the runs' out-of-fold predictions, aggregated and weighted as here; NaN where none
+            was chosen for this ensemble.
         settings: the conversion that the runs were trained on.
         device: where the models are.
         calibration: of a breast's probability, fitted out of fold; `threshold` is on its scale.
+        own_calibrations: each run's, of its own breasts' probabilities before they are averaged; empty for none.
     """
 
     names: tuple[str, ...]
@@ -86,6 +88,7 @@ class Ensemble:
     settings: ConvertSettings
     device: torch.device
     calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
+    own_calibrations: tuple[Calibration, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What predictions of this ensemble are made with, for the record."""
@@ -97,6 +100,7 @@ class Ensemble:
                 )
             ],
             "calibration": self.calibration.model_dump(mode="json"),
+            "own_calibrations": [each.model_dump(mode="json") for each in self.own_calibrations],
             "threshold": self.threshold,
             "prior": self.prior,
         }
@@ -180,7 +184,10 @@ class Ensemble:
         breasts = pd.Series(dtype=np.float64)
         for run, aggregate in enumerate(self.aggregates):
             pictures = pd.Series(by_run[:, run], index=frame.index)
-            part = metrics.aggregate_predictions(pictures, frame["prediction_id"], aggregate) * self.weights[run]
+            part = metrics.aggregate_predictions(pictures, frame["prediction_id"], aggregate)
+            if self.own_calibrations:
+                part = pd.Series(self.own_calibrations[run](part.clip(0, 1)), part.index)
+            part = part * self.weights[run]
             breasts = part if run == 0 else breasts + part
         return pd.Series(self.calibration(breasts.clip(0, 1)), breasts.index)
 
@@ -304,15 +311,19 @@ def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Grou
 
 def _common_settings(folds: Sequence[FoldRun]) -> ConvertSettings:
     """The conversion behind every fold; folds of differently converted stores cannot share their input."""
-    found = [(fold, _settings(fold)) for fold in folds]
+    found = [(str(fold.folder), _settings(fold)) for fold in folds]
+    _require_same(found)
+    return found[0][1]
+
+
+def _require_same(found: Sequence[tuple[str, ConvertSettings]]) -> None:
     for (one, a), (other, b) in itertools.pairwise(found):
         for name in DECISIVE:
             if getattr(a, name) != getattr(b, name):
                 raise RunError(
-                    f"{one.folder} was trained on a store with {name} = {_plain(getattr(a, name))}, {other.folder} "
-                    f"with {name} = {_plain(getattr(b, name))}. Predict with each alone and average the submissions."
+                    f"{one} was trained on a store with {name} = {_plain(getattr(a, name))}, {other} with {name} = "
+                    f"{_plain(getattr(b, name))}. Predict with each alone and average the submissions."
                 )
-    return found[0][1]
 
 
 def _settings(fold: FoldRun) -> ConvertSettings:
@@ -356,11 +367,51 @@ def _mixed(judged: pd.DataFrame, weights: NDArray[np.float64]) -> pd.DataFrame:
     return judged[["cancer"]].assign(prediction=mixed).dropna()
 
 
+def average(ensembles: Sequence[Ensemble], weights: Sequence[float] | None = None) -> Ensemble:
+    """Ensembles of one run each as one. Each keeps its calibration; no threshold was ever chosen for their mean.
+
+    Args:
+        ensembles: on one device.
+        weights: one each, not negative; equal ones without it.
+
+    Raises:
+        RunError: they want pictures that were converted differently.
+        InputError: impossible weights.
+    """
+    first = ensembles[0]
+    _require_same([(ensemble.names[0], ensemble.settings) for ensemble in ensembles])
+    groups: dict[str, Group] = {}
+    for run, ensemble in enumerate(ensembles):
+        (group,) = ensemble.groups
+        key = f"{group.pipeline.model_dump_json()} {group.loader.val_batch_size}"
+        members = tuple(replace(member, run=run) for member in group.members)
+        groups[key] = replace(group, members=(*(groups[key].members if key in groups else ()), *members))
+    return Ensemble(
+        names=tuple(ensemble.names[0] for ensemble in ensembles),
+        groups=tuple(groups.values()),
+        weights=given_weights(weights, len(ensembles)),
+        aggregates=tuple(ensemble.aggregates[0] for ensemble in ensembles),
+        prior=float(np.mean([ensemble.prior for ensemble in ensembles])),
+        threshold=math.nan,
+        settings=first.settings,
+        device=first.device,
+        own_calibrations=tuple(ensemble.calibration for ensemble in ensembles),
+    )
+
+
 def _weights(weights: Weights, judged: pd.DataFrame) -> NDArray[np.float64]:
-    count = judged.shape[1] - 1
     if isinstance(weights, str):
         shared = judged.dropna()
         return fit_weights(shared["cancer"], shared.drop(columns="cancer"))
+    return given_weights(weights, judged.shape[1] - 1)
+
+
+def given_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.float64]:
+    """Weights as numbers that sum to 1; equal ones for None.
+
+    Raises:
+        InputError: not as many as there are runs, or negative, or all 0.
+    """
     given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if len(given) != count or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
         raise InputError(f"weights: expected {count} numbers of 0 or more, not all 0; found {list(weights or [])}.")

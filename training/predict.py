@@ -26,7 +26,15 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from training import runs
 from training.calibration import Method
-from training.ensemble import Aggregate, Ensemble, Weights, open_ensemble, require_same_conversion
+from training.ensemble import (
+    Aggregate,
+    Ensemble,
+    Weights,
+    average,
+    given_weights,
+    open_ensemble,
+    require_same_conversion,
+)
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
 from training.submission import FACTS, Results, asked_by_store, asked_by_table, compose, judge
@@ -67,7 +75,7 @@ def predict(
     folders: Sequence[Path],
     out: Path,
     *,
-    model: Path | None = None,
+    model: Path | Sequence[Path] | None = None,
     store: Path | None = None,
     images: Path | None = None,
     csv: Path | None = None,
@@ -90,7 +98,8 @@ def predict(
     Args:
         folders: run folders, or single folds of them; their folds are averaged. Empty where `model` is given.
         out: the submission.
-        model: instead of runs, an exported `model.onnx`; it needs neither the runs nor timm.
+        model: instead of runs, an exported `model.onnx`, or several, which are averaged; they need neither the runs nor
+            timm.
         store: predict a store's pictures; with `csv`, those that it names, in its order.
         images: or predict a folder of raw pictures, as a stream; without `csv` ids and sides come from the files.
         csv: the pictures' table, one row a picture. Labels are not needed and not looked at.
@@ -120,16 +129,21 @@ def predict(
     """
     if (store is None) == (images is None):
         raise InputError("predict takes either a store (--store) or a folder of pictures (--images).")
-    if model is not None and (folders or weights is not None):
-        raise InputError("predict takes runs (--runs) or one exported model (--model), not both.")
-    if model is not None and (calibrate != "none" or aggregate != "run"):
+    models = [model] if isinstance(model, Path) else list(model or ())
+    if models and folders:
+        raise InputError("predict takes runs (--runs) or exported models (--model), not both.")
+    if models and isinstance(weights, str):
+        raise InputError("--weights fitted needs the runs (--runs): exported models carry no out-of-fold predictions.")
+    if len(models) > 1 and binary:
+        raise InputError("--binary: no threshold was chosen for the mean of several exported models; use their runs.")
+    if models and (calibrate != "none" or aggregate != "run"):
         raise InputError("--calibrate and --aggregate are chosen when a model is exported; leave them out here.")
-    if model is not None and explain is not None:
+    if models and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
     listed = tables.read_table(csv) if csv is not None else None
     if store is not None:
         opened = open_store(store)
-        ensemble = _open(folders, model, device, weights, calibrate, aggregate)
+        ensemble = _open(folders, models, device, weights, calibrate, aggregate)
         require_same_conversion(ensemble, opened)
         asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
         kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
@@ -138,7 +152,7 @@ def predict(
         if not images.is_dir():
             raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
         files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = _open(folders, model, device, weights, calibrate, aggregate)
+        ensemble = _open(folders, models, device, weights, calibrate, aggregate)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
         settings = narrowed(ensemble.settings, ensemble.longest_side)
@@ -167,13 +181,23 @@ def predict(
 
 
 def _open(
-    folders: Sequence[Path], model: Path | None, device: str, weights: Weights, calibrate: Method, aggregate: Aggregate
+    folders: Sequence[Path],
+    models: Sequence[Path],
+    device: str,
+    weights: Weights,
+    calibrate: Method,
+    aggregate: Aggregate,
 ) -> Ensemble:
-    if model is None:
+    if not models:
         return open_ensemble(folders, device, weights, calibrate, aggregate)
     from training.export import open_exported
 
-    return open_exported(model, device)
+    assert not isinstance(weights, str)
+    opened = [open_exported(model, device) for model in models]
+    if len(opened) == 1:
+        given_weights(weights, 1)
+        return opened[0]
+    return average(opened, weights)
 
 
 def _run(

@@ -149,3 +149,33 @@ def test_the_calibration_goes_with_the_model_and_changes_the_submission(
     np.testing.assert_allclose(cancers[1], opened.calibration(cancers[0]), atol=1e-9)
     with pytest.raises(InputError, match="--calibrate"):
         predict([], tmp_path / "s.csv", model=exported, store=data / "store", calibrate="isotonic")
+
+
+def test_several_models_are_averaged_each_with_its_own_calibration(
+    run: Path, exported: Path, data: Path, tmp_path: Path
+):
+    other = make_run(tmp_path / "other", "pipeline.height=96", folds=1, seed=7)
+    export(other, tmp_path / "export", "temperature", "max")
+    both = [exported, tmp_path / "export" / "model.onnx"]
+    alone = []
+    for model in both:
+        predict([], tmp_path / "s.csv", model=model, store=data / "store", device="cpu")
+        alone.append(pd.read_csv(tmp_path / "s.csv"))
+    predict([], tmp_path / "s.csv", model=both, weights=[1, 3], store=data / "store", device="cpu")
+    found = pd.read_csv(tmp_path / "s.csv")
+    np.testing.assert_allclose(found["cancer"], 0.25 * alone[0]["cancer"] + 0.75 * alone[1]["cancer"], atol=1e-6)
+    settings = json.loads((tmp_path / "predictions_settings.json").read_text())
+    assert [each["method"] for each in settings["own_calibrations"]] == ["none", "temperature"]
+    assert settings["threshold"] is None
+    for wrong, message in (({"binary": True}, "--binary"), ({"weights": "fitted"}, "--weights fitted")):
+        with pytest.raises(InputError, match=message):
+            predict([], tmp_path / "t.csv", model=both, store=data / "store", device="cpu", **wrong)
+    with pytest.raises(InputError, match="expected 2 numbers"):
+        predict([], tmp_path / "t.csv", model=both, weights=[1], store=data / "store", device="cpu")
+
+
+def test_models_of_differently_converted_stores_are_not_averaged(exported: Path, data: Path, tmp_path: Path):
+    other = SETTINGS.model_copy(update={"crop_margin": 0.2})
+    export(make_run(tmp_path / "run", folds=1, settings=other), tmp_path / "export")
+    with pytest.raises(RunError, match="crop_margin"):
+        predict([], tmp_path / "s.csv", model=[exported, tmp_path / "export"], store=data / "store", device="cpu")

@@ -67,6 +67,13 @@ _aggregate = click.option(
     help="From pictures to a breast: the run's own way, another, or a generalised mean fitted out of fold.",
 )
 _device = click.option("--device", default=None, help="'cpu', 'cuda', 'cuda:N' or 'auto' (the default).")
+_decode_on = click.option(
+    "--decode-on",
+    type=click.Choice(["cpu", "gpu", "gpu-all"]),
+    default="cpu",
+    show_default=True,
+    help="Decode JPEG 2000 and HTJ2K on a GPU, or lossless JPEG too; the values are the same.",
+)
 _config = click.option("--config", "config_source", default=None, help="A preset's name or a YAML file.")
 _set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
 
@@ -144,6 +151,7 @@ def synth(ctx: click.Context, out: Path, patients: int, seed: int, size: Any, co
     default=None,
     help="Frame to take from multi-frame files, which are rejected without it.",
 )
+@_decode_on
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes; 0 takes one a core.")
 @click.option(
     "--scheduler", default=None, metavar="ADDRESS", help="A dask.distributed scheduler, to convert on a cluster."
@@ -161,6 +169,7 @@ def convert(
     codec: str | None,
     no_crop: bool,
     frame: int | None,
+    decode_on: str,
     workers: int,
     scheduler: str | None,
     repair: bool,
@@ -184,6 +193,7 @@ def convert(
         "codec": codec,
         "crop": False if no_crop else None,
         "frame": frame,
+        "decode_on": decode_on,
     }
     settings = checked(ConvertSettings, {name: value for name, value in given.items() if value is not None}, "convert")
     with _console(ctx) as console, watched(console, "Converting", "files", "convert", out) as (_, advance):
@@ -345,6 +355,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 @_calibrate
 @_aggregate
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
+@_decode_on
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
 @_device
 @click.pass_context
@@ -363,6 +374,7 @@ def predict(
     calibrate: Any,
     aggregate: Any,
     explain: Path | None,
+    decode_on: Any,
     workers: int,
     device: str | None,
 ) -> None:
@@ -394,6 +406,7 @@ def predict(
             aggregate=aggregate,
             explain=explain,
             workers=workers,
+            decode_on=decode_on,
             progress=advance,
             monitor=monitor,
         )

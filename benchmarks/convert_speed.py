@@ -1,11 +1,12 @@
 """Conversion of full-size pictures: milliseconds a picture and a core, by transfer syntax and stage.
 
-    python benchmarks/convert_speed.py [--pictures N] [--repeats N] [--json FILE]
+    python benchmarks/convert_speed.py [--pictures N] [--repeats N] [--device cpu|gpu] [--json FILE]
 
 Beside it, in the same run and interleaved: the bare codecs (the fastest decoder found, and imagecodecs' predictor and
 Zstandard on the tiles of the levels written, with neither checks nor files), and a plain script (pydicom, OpenCV's Otsu
 crop and area resize, the same levels as 16-bit PNG). Medians over pictures and repeats. The pictures are synthetic,
-3328 by 2560, and are made first.
+3328 by 2560, and are made first. With --device gpu the whole `convert` alone is measured, on all cores, decoding on
+them and on the GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from rich.table import Table
 from preprocessing import decode, grayscale, ingest, tiles
 from preprocessing.breast import find_breast
 from preprocessing.convert import convert
+from preprocessing.manifest import open_store
 from preprocessing.phantom import SIZES, render
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth_dicom import MACHINES, Exposure, stored_values, write
@@ -59,6 +61,7 @@ SYNTAXES = {
     "JPEG-LS": uid.JPEGLSLossless,
     "JPEG 2000": uid.JPEG2000Lossless,
 }
+ON_GPU = ("JPEG Lossless SV1", "JPEG 2000")
 RATIOS = ("total / bare", "plain / total")
 STAGES = ("decode", "crop", "levels", "encode", "write")
 SETTINGS = ConvertSettings()
@@ -233,11 +236,43 @@ def scaling(pictures: list[Picture], work: Path, copies: int) -> dict[str, Any]:
     return {"cores": cores, "pictures_per_s": rates, "efficiency": round(rates[cores] / rates[1] / cores, 2)}
 
 
+def on_gpu(pictures: list[Picture], work: Path, copies: int, repeats: int) -> list[dict[str, Any]]:
+    """Pictures a second of the whole `convert` on all cores, decoding on them and on the GPU, by transfer syntax."""
+    rows = []
+    for syntax in ON_GPU:
+        lines = [
+            {"patient_id": "p", "image_id": f"{picture.path.stem}-{copy}", "file": picture.path.name}
+            for picture in pictures
+            for copy in range(copies)
+            if picture.syntax == syntax
+        ]
+        table = work / f"{uuid.uuid4().hex}.csv"
+        pd.DataFrame(lines).to_csv(table, index=False)
+        rates: dict[str, list[float]] = {"cpu": [], "gpu": []}
+        decoders: set[str] = set()
+        for _ in range(repeats):
+            for place, found in rates.items():
+                settings = SETTINGS.model_copy(update={"decode_on": place})
+                start = time.perf_counter()
+                out = work / uuid.uuid4().hex
+                convert(pictures[0].path.parent, table, out, settings)
+                found.append(len(lines) / (time.perf_counter() - start))
+                if place == "gpu":
+                    decoders |= set(open_store(out).manifest["decoder"])
+        middle = {place: statistics.median(found) for place, found in rates.items()}
+        rows.append(
+            {"syntax": syntax, "pictures_per_s": middle, "gpu / cpu": middle["gpu"] / middle["cpu"]}
+            | {"decoders": sorted(decoders)}
+        )
+    return rows
+
+
 @click.command()
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--pictures", type=click.IntRange(1), default=2, show_default=True, help="Pictures a transfer syntax.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Rounds over all of them.")
 @click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write the figures to this file.")
-def main(pictures: int, repeats: int, out: Path | None) -> None:
+def main(device: str, pictures: int, repeats: int, out: Path | None) -> None:
     """Measure conversion by transfer syntax and stage, beside bare codecs and a plain script."""
     cv2.setNumThreads(1)
     screen = Console(width=None if sys.stdout.isatty() else 140)
@@ -247,6 +282,19 @@ def main(pictures: int, repeats: int, out: Path | None) -> None:
         work.mkdir()
         with screen.status("Drawing full-size pictures ..."):
             drawn = draw(images, pictures)
+        if device == "gpu":
+            found = on_gpu(drawn, work, copies=32, repeats=repeats)
+            for row in found:
+                rates = row["pictures_per_s"]
+                screen.print(
+                    f"convert, {row['syntax']}: {rates['gpu']:.1f} pictures/s with the GPU, {rates['cpu']:.1f} "
+                    f"without; decoded by {', '.join(row['decoders'])}"
+                )
+            if out:
+                machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}
+                ratios = {f"gpu_over_cpu {row['syntax']}": row["gpu / cpu"] for row in found}
+                out.write_text(json.dumps({"machine": machine, "rows": found, "ratios": ratios}, indent=1) + "\n")
+            return
         measured: dict[str, list[Seconds]] = defaultdict(list)
         with screen.status("Measuring ..."):
             for turn in range(repeats + 1):

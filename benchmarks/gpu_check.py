@@ -45,14 +45,20 @@ class Part:
 
 def parts(device: str) -> list[Part]:
     """What is run, in its order; the limits add up to `TOTAL_S`."""
+    on = ("--device", device)
     b3 = ("--model", "efficientnet_b3", "--size", "512", "--batch-size", "32", "--steps", "20")
     tiny = ("--size", "64", "--batch-size", "2", "--steps", "1", "--repeats", "1")
-    size = b3 if device == "gpu" else tiny
+    submission = ("--encoding", "jpeg2000", "--no-plain", "--pictures", "192", "--repeats", "1")
+    small = ("--model", "tf_efficientnet_lite0", "--size", "64", "--pictures", "8", "--repeats", "1")
+    codecs = ("--pictures", "4" if device == "gpu" else "1", "--repeats", "2", "--seconds", "0.2")
+    conversion = ("--pictures", "2" if device == "gpu" else "1", "--repeats", "1")
     return [
-        Part("gpu tests", ("-m", "pytest", "-q", "-m", "gpu", "tests"), 150, figures=False),
-        Part("loader_speed", ("benchmarks/loader_speed.py", "--device", device), 120),
-        Part("train_speed", ("benchmarks/train_speed.py", "--device", device, *size), 120),
-        Part("convert_speed", ("benchmarks/convert_speed.py", "--pictures", "1", "--repeats", "2"), 90),
+        Part("gpu tests", ("-m", "pytest", "-q", "-m", "gpu", "tests"), 100, figures=False),
+        Part("codec_speed", ("benchmarks/codec_speed.py", *on, *codecs), 80),
+        Part("loader_speed", ("benchmarks/loader_speed.py", *on, "--images", "32", "--repeats", "2"), 80),
+        Part("train_speed", ("benchmarks/train_speed.py", *on, *(b3 if device == "gpu" else tiny)), 80),
+        Part("convert_speed", ("benchmarks/convert_speed.py", *on, *conversion), 50),
+        Part("predict_speed", ("benchmarks/predict_speed.py", *on, *(submission if device == "gpu" else small)), 90),
     ]
 
 

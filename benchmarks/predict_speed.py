@@ -1,16 +1,19 @@
 """Prediction's speed from DICOM files to a submission, by stage, beside a plain script.
 
-    python benchmarks/predict_speed.py [--model B3] [--size N] [--device cpu|gpu] [--json FILE]
+    python benchmarks/predict_speed.py [--model B3] [--size N] [--device cpu|gpu] [--encoding E] [--json FILE]
 
 All take turns, so that other load on the machine meets every one, and medians over the turns are shown:
     mammopipe             `predict` from a folder of DICOM files and a CSV, processes and model loading included
     plain script          pydicom, OpenCV and the same timm model, a file at a time (plain_predict.py)
     the same + workers    with torch's DataLoader decoding in one process a core
+    decoding on the CPU   mammopipe with a GPU for the pipeline and the model alone
+    all on the CPU        mammopipe without the GPU
     X alone               one of mammopipe's stages on all cores (the model: on the device), with nothing beside it
 
 "slowest stage alone" is what a machine whose stages do not compete can reach. On a CPU alone they do: decoding and
 model share the cores, and the floor is the processor time of all stages, each measured on one core, over the cores.
-The pictures are synthetic, 3328 by 2560, half JPEG 2000 and half JPEG Lossless, the encodings of the challenge.
+The pictures are synthetic, 3328 by 2560, half JPEG 2000 and half JPEG Lossless, the encodings of the challenge. With
+--device gpu mammopipe decodes on the GPU too.
 """
 
 from __future__ import annotations
@@ -57,10 +60,21 @@ from training.model import build_model
 from training.predict import predict
 from training.submission import Results, asked_by_table, compose, judge
 
-SYNTAXES = (uid.JPEG2000Lossless, uid.JPEGLosslessSV1)
+ENCODINGS = {
+    "both": (uid.JPEG2000Lossless, uid.JPEGLosslessSV1),
+    "jpeg2000": (uid.JPEG2000Lossless,),
+    "jpeg-lossless": (uid.JPEGLosslessSV1,),
+}
 DISTINCT = 8  # pictures drawn; the others are copies
 PICTURES_A_BREAST = 2
 OURS, PLAIN, WORKERS = "mammopipe", "plain script", "plain script + workers"
+HOST_DECODED, ALL_HOST = "mammopipe, decoding on the CPU", "mammopipe, all on the CPU"
+BESIDE = {
+    "plain_script": PLAIN,
+    "plain_script_workers": WORKERS,
+    "decoding_on_the_cpu": HOST_DECODED,
+    "all_on_the_cpu": ALL_HOST,
+}
 STAGES = ("decode", "crop", "levels", "rest of intake", "pipeline", "model", "tables")
 
 
@@ -92,12 +106,13 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
 
-def prepare(root: Path, pictures: int, config: Config, device: str) -> Work:
+def prepare(root: Path, pictures: int, config: Config, device: str, encoding: str) -> Work:
     """Draw the pictures, their table, a store of the level that is read, and a run with random weights."""
     images, table = root / "images", root / "test.csv"
     drawn: list[bytes] = []
+    syntaxes = ENCODINGS[encoding]
     for number, (breast, view, seed) in enumerate(breasts(min(pictures, DISTINCT))):
-        machine = replace(MACHINES[0], transfer_syntax=SYNTAXES[number % len(SYNTAXES)])
+        machine = replace(MACHINES[0], transfer_syntax=syntaxes[number % len(syntaxes)])
         exposure = Exposure("1", str(seed), breast.laterality, view, 60.0, breast.implant, SIZES["full"][2], seed)
         drawn.append(write(stored_values(render(breast, view, seed, "full").picture, machine), machine, exposure))
     rows = []
@@ -133,15 +148,18 @@ def make_run(root: Path, config: Config) -> Path:
     return root
 
 
-def contestants(work: Work, config: Config, ensemble: Ensemble) -> list[Row]:
-    """All that take turns."""
+def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -> list[Row]:
+    """All that take turns; `plainly`: the plain script too."""
     plain = timm.create_model(config.model.backbone, num_classes=1, in_chans=1, pretrained=False).eval()
     plain = plain.to(work.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     side, group = config.pipeline.height, ensemble.groups[0]
     picture = torch.zeros(group.loader.val_batch_size, 1, side, config.pipeline.width, device=work.device)
 
-    def ours() -> None:
-        summary = predict([work.run], work.scratch / "ours.csv", images=work.images, csv=work.table, device=work.device)
+    decoding = "cpu" if work.device == "cpu" else "gpu"
+
+    def ours(device: str = work.device, decode_on: Any = decoding) -> None:
+        out = work.scratch / "ours.csv"
+        summary = predict([work.run], out, images=work.images, csv=work.table, device=device, decode_on=decode_on)
         if summary.exit_code:
             raise click.ClickException(str(summary))
 
@@ -151,7 +169,7 @@ def contestants(work: Work, config: Config, ensemble: Ensemble) -> list[Row]:
         plain_predict.predict(plain, *arguments)
 
     def intake() -> None:
-        settings = narrowed(ensemble.settings, ensemble.longest_side)
+        settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decoding})
         with stream(work.images, read_table(work.table), True, settings, ensemble.batch) as chunks:
             done = sum(len(chunk.rows) for chunk in chunks)
         assert done == work.pictures
@@ -167,10 +185,12 @@ def contestants(work: Work, config: Config, ensemble: Ensemble) -> list[Row]:
         for start in range(0, work.pictures, len(picture)):
             ensemble.probabilities(member, picture[: work.pictures - start]).cpu()
 
+    slow = [Row(PLAIN, lambda: script(0)), Row(WORKERS, lambda: script(work.cores))] if plainly else []
+    on_host = [Row(HOST_DECODED, lambda: ours(decode_on="cpu")), Row(ALL_HOST, lambda: ours("cpu", "cpu"))]
     return [
         Row(OURS, ours),
-        Row(PLAIN, lambda: script(0)),
-        Row(WORKERS, lambda: script(work.cores)),
+        *slow,
+        *(on_host if work.device != "cpu" else []),
         Row("intake alone", intake),
         Row("pipeline alone", pipeline),
         Row("model alone", model),
@@ -231,7 +251,9 @@ def turn(row: Row, cores: int) -> None:
     row.seconds.append(time.perf_counter() - start)
 
 
-def summary(rows: list[Row], stages: list[dict[str, float]], work: Work, config: Config) -> dict[str, Any]:
+def summary(
+    rows: list[Row], stages: list[dict[str, float]], work: Work, config: Config, encoding: str
+) -> dict[str, Any]:
     """What goes into the JSON file."""
     seconds = {row.name: statistics.median(row.seconds) for row in rows}
     middle = {name: statistics.median(each[name] for each in stages) for name in STAGES}
@@ -243,6 +265,7 @@ def summary(rows: list[Row], stages: list[dict[str, float]], work: Work, config:
     processor = platform.processor() or platform.machine()
     return {
         "machine": {"cpu": processor, "cores": work.cores, "gpu": gpu},
+        "encoding": encoding,
         "model": config.model.backbone,
         "size": config.pipeline.height,
         "pictures": work.pictures,
@@ -261,8 +284,7 @@ def summary(rows: list[Row], stages: list[dict[str, float]], work: Work, config:
         "ratios": {
             "over_slowest_stage_alone": seconds[OURS] / alone[slowest],
             "over_cpu_floor": seconds[OURS] / floor,
-            "plain_script": seconds[PLAIN] / seconds[OURS],
-            "plain_script_workers": seconds[WORKERS] / seconds[OURS],
+            **{name: seconds[row] / seconds[OURS] for name, row in BESIDE.items() if row in seconds},
         },
     }
 
@@ -281,21 +303,33 @@ def show(found: dict[str, Any], console: Console) -> None:
     ratios = found["ratios"]
     console.print(
         f"mammopipe takes {ratios['over_slowest_stage_alone']:.2f} × the time of {found['slowest_stage_alone']}, "
-        f"{ratios['over_cpu_floor']:.2f} × the floor of all stages' processor time over {cores} cores; "
-        f"the plain script {ratios['plain_script']:.2f} × mammopipe's, {ratios['plain_script_workers']:.2f} × with "
-        "workers.",
+        f"{ratios['over_cpu_floor']:.2f} × the floor of all stages' processor time over {cores} cores.",
         highlight=False,
     )
+    for name, row in BESIDE.items():
+        if name in ratios:
+            console.print(f"{row} takes {ratios[name]:.2f} × mammopipe's time.", highlight=False)
 
 
 @click.command()
 @click.option("--model", default="efficientnet_b3", show_default=True, help="timm's name of the backbone.")
 @click.option("--size", type=click.IntRange(32), default=512, show_default=True, help="Side of the model's input.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--encoding", type=click.Choice(list(ENCODINGS)), default="both", show_default=True)
+@click.option("--plain/--no-plain", default=True, show_default=True, help="Run the plain script too.")
 @click.option("--pictures", type=click.IntRange(8), default=32, show_default=True, help="Files to predict.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of each.")
 @click.option("--json", "target", type=click.Path(path_type=Path), default=None, help="Write the figures there.")
-def main(model: str, size: int, device: str, pictures: int, repeats: int, target: Path | None) -> None:
+def main(
+    model: str,
+    size: int,
+    device: str,
+    encoding: str,
+    plain: bool,
+    pictures: int,
+    repeats: int,
+    target: Path | None,
+) -> None:
     """Measure and show."""
     if device == "gpu" and not torch.cuda.is_available():
         raise click.ClickException("--device gpu: torch sees no GPU here.")
@@ -313,9 +347,9 @@ def main(model: str, size: int, device: str, pictures: int, repeats: int, target
     folder = Path(tempfile.mkdtemp(prefix="predict-speed-"))
     try:
         with console.status("Drawing full-size pictures"):
-            work = prepare(folder, pictures, config, place)
+            work = prepare(folder, pictures, config, place, encoding)
         ensemble = open_ensemble([work.run], place)
-        rows, stages = contestants(work, config, ensemble), []
+        rows, stages = contestants(work, config, ensemble, plain), []
         for repeat in range(repeats):
             for row in rows:
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
@@ -323,7 +357,7 @@ def main(model: str, size: int, device: str, pictures: int, repeats: int, target
             stages.append(by_stage(work, ensemble))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found = summary(rows, stages, work, config)
+    found = summary(rows, stages, work, config, encoding)
     show(found, console)
     if target:
         target.write_text(json.dumps(found, indent=1) + "\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -38,6 +39,8 @@ from training.device import pick_device
 from training.distributed import World
 from training.loop import Batch, Parts, Position, train_epoch
 from training.monitor import TrainingMonitor
+
+WATCH = MonitorSettings(interval_s=0.25)
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,13 @@ def measure(store: Store, case: Case, config: Config, steps: int, repeats: int) 
         fixed = {name: tensor.clone() for name, tensor in next(stream).items()}
         for source in (itertools.repeat(fixed), stream):  # compile, choose kernels, fill caches
             _timed(parts, itertools.islice(source, 2), 2, monitor)
-        tensors, loaded, waited = [], [], []
+        tensors, loaded, waited, busy = [], [], [], []
         for _ in range(repeats):
             tensors.append(_timed(parts, itertools.repeat(fixed, steps), steps, monitor))
             before = loader.wait_s
-            loaded.append(_timed(parts, itertools.islice(stream, steps), steps, monitor))
+            with TrainingMonitor(None, WATCH) as watch:
+                loaded.append(_timed(parts, itertools.islice(stream, steps), steps, monitor))
+            busy.append(watch.summary().get("gpu0.utilisation_mean", math.nan))
             waited.append((loader.wait_s - before) / loaded[-1])
         advice = monitor.summary()["advice"]
     tensor_rate, loader_rate = (steps * batch_size / statistics.median(seconds) for seconds in (tensors, loaded))
@@ -101,6 +106,7 @@ def measure(store: Store, case: Case, config: Config, steps: int, repeats: int) 
         "tensor_images_per_s": tensor_rate,
         "share": statistics.median(t / s for t, s in zip(tensors, loaded, strict=True)),
         "wait_share": statistics.median(waited),
+        "gpu_utilisation": statistics.median(busy),
         "peak_memory_mb": _peak(device) / 2**20,
         "batch_size": batch_size,
         "advice": advice,
@@ -224,6 +230,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "from tensors": f"{row['tensor_images_per_s']:.1f}",
         "share": f"{row['share']:.1%}",
         "waiting": f"{row['wait_share']:.1%}",
+        "GPU busy": "" if math.isnan(row["gpu_utilisation"]) else f"{row['gpu_utilisation']:.0f} %",
         "memory, MiB": f"{row['peak_memory_mb']:.0f}",
     }
 

@@ -39,7 +39,7 @@ def all_steps(
     here = numbers.gpu() if device == "gpu" else numbers
     picture = window(tile, numbers, here, table, device)
     if settings.clahe.enabled:
-        picture = clahe(picture, settings)
+        picture = clahe(picture, numbers, settings)
     picture = tone(picture, numbers, here)
     picture = gaussian_if(picture, numbers[_AT["antialias"]])
     picture = warp(picture, numbers, matrix, grid, settings, device)
@@ -86,12 +86,34 @@ def look_up(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return table[values.long().clamp(max=table.shape[0] - 1)]
 
 
-def clahe(grey: Any, settings: PipelineSettings) -> Any:
-    """Contrast-limited adaptive histogram equalisation on 8 bits, back to [0, 1]."""
+def clahe(grey: Any, numbers: Any, settings: PipelineSettings) -> Any:
+    """Contrast-limited adaptive histogram equalisation on 8 bits, back to [0, 1].
+
+    OpenCV mirrors what is missing to whole tiles below and to the right, DALI's operator for the GPU cuts the last
+    tiles short. It is given pictures that have been mirrored as OpenCV does, and then gives OpenCV's result.
+    """
     side = settings.clahe.grid
     levels = fn.cast(math.floor(grey * 255.0 + 0.5), dtype=DALIDataType.UINT8)
-    equalised = fn.clahe(levels, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
-    return fn.cast(equalised, dtype=DALIDataType.FLOAT) * (1 / 255)
+    if numbers[_AT["mirror_rows"]] > 0:
+        filled = _mirrored(levels, numbers, "rows", 0)
+        filled = _mirrored(filled, numbers, "columns", 1)
+        whole = fn.clahe(filled, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
+        size = fn.cast(numbers[_AT["rows"] : _AT["columns"] + 1], dtype=DALIDataType.INT32)
+        equalised = fn.slice(whole, start=[0, 0], shape=size, axes=(0, 1))
+    else:
+        equalised = fn.clahe(levels, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
+    values: Any = fn.cast(equalised, dtype=DALIDataType.FLOAT)
+    return values * (1 / 255)
+
+
+@do_not_convert
+def _mirrored(picture: Any, numbers: Any, side: str, axis: int) -> Any:
+    """The picture with the last few rows or columns but one repeated after it in reverse order."""
+    at = [_AT[name] for name in (side, f"mirror_{side}")]
+    sizes: list[Any] = [fn.cast(numbers[place : place + 1], dtype=DALIDataType.INT32) for place in at]
+    length, more = sizes
+    piece = fn.slice(picture, start=length - 1 - more, shape=more, axes=(axis,))
+    return fn.cat(picture, fn.flip(piece, vertical=int(axis == 0), horizontal=int(axis == 1)), axis=axis)
 
 
 def tone(grey: Any, numbers: Any, here: Any) -> Any:
@@ -119,8 +141,11 @@ def warp(picture: Any, numbers: Any, matrix: Any, grid: Any, settings: PipelineS
     """The one resampling: an affine warp, or a remap where the grid distorts too."""
     size = (settings.height, settings.width)
     if numbers[_AT["grid"]] > 0:
-        placed = [node.gpu() if device == "gpu" else node for node in (matrix, grid)]
-        result = in_torch(_remapper(*size), picture, *placed, device=device)
+        x, y = lookup_maps(matrix, grid, settings, device)
+        if device == "gpu":
+            result = fn.experimental.remap(picture, x, y, pixel_origin="center")
+        else:  # which DALI's remap does not run on
+            result = in_torch(_sampled, picture, x, y, device=device)
     else:
         result = fn.warp_affine(
             picture, matrix=matrix, size=size, fill_value=0.0, interp_type=DALIInterpType.INTERP_LINEAR
@@ -129,31 +154,33 @@ def warp(picture: Any, numbers: Any, matrix: Any, grid: Any, settings: PipelineS
 
 
 @do_not_convert
-def _remapper(height: int, width: int) -> Any:
-    def remap(picture: torch.Tensor, matrix: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """[h, w, 1] to [height, width, 1] through grid and affine map, bilinear, black outside."""
-        nodes_y = torch.linspace(0, height, grid.shape[0], device=grid.device)
-        nodes_x = torch.linspace(0, width, grid.shape[1], device=grid.device)
-        nodes = torch.stack([nodes_x.expand(len(nodes_y), -1), nodes_y[:, None].expand(-1, len(nodes_x))], dim=-1)
-        looks = (nodes + grid) @ matrix[:, :2].T + matrix[:, 2]
-        looks = _interpolated(looks, height, width)
-        rows, columns = picture.shape[:2]
-        at_x, at_y = looks[..., 0] * (2 / columns) - 1, looks[..., 1] * (2 / rows) - 1
-        at = torch.stack([at_x, at_y], dim=-1)[None]
-        sampled = torch.nn.functional.grid_sample(picture[None, None, ..., 0], at, align_corners=False)
-        return sampled[0, 0, ..., None]
-
-    return remap
+def lookup_maps(matrix: Any, grid: Any, settings: PipelineSettings, device: str) -> tuple[Any, Any]:
+    """Where each output pixel looks, x and y in OpenCV's coordinates, float32 [H, W] each, as in steps.py: the affine
+    map at the grid's displaced nodes, and linear interpolation between them, which a resize from the first node to the
+    last one is."""
+    n = settings.augment.grid_steps + 1
+    at_y, at_x = (np.linspace(0, side, n, dtype=np.float32) for side in (settings.height, settings.width))
+    nodes: Any = Constant(np.stack(np.broadcast_arrays(at_x, at_y[:, None]), axis=-1), device="cpu")
+    looks: Any = fn.coord_transform(fn.reshape(nodes + grid, shape=[n * n, 2]), MT=matrix)
+    looks = fn.reshape(looks - 0.5, shape=[n, n, 2], layout="HWC")
+    maps: Any = fn.resize(
+        looks.gpu() if device == "gpu" else looks,
+        size=(settings.height, settings.width),
+        roi_start=[0.5, 0.5],
+        roi_end=[n - 0.5, n - 0.5],
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=False,
+    )
+    return maps[:, :, 0], maps[:, :, 1]
 
 
 @do_not_convert
-def _interpolated(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[n, n, 2] at evenly spaced nodes to [height, width, 2] at pixel centres, linear between the nodes."""
-    weights = []
-    for pixels, nodes in ((height, table.shape[0]), (width, table.shape[1])):
-        at = (torch.arange(pixels, device=table.device) + 0.5) / pixels * (nodes - 1)
-        weights.append((1 - (at[:, None] - torch.arange(nodes, device=table.device)).abs()).clamp(min=0))
-    return torch.einsum("hn,nmc,wm->hwc", weights[0], table, weights[1])
+def _sampled(picture: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[h, w, 1] read at x and y [H, W], bilinear, black outside: [H, W, 1]."""
+    rows, columns = picture.shape[:2]
+    at = torch.stack([(2 * x + 1) / columns - 1, (2 * y + 1) / rows - 1], dim=-1)
+    sampled = torch.nn.functional.grid_sample(picture[None, None, ..., 0], at[None], align_corners=False)
+    return sampled[0, 0, ..., None]
 
 
 def sharpen(picture: Any, numbers: Any, here: Any) -> Any:

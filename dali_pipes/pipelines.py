@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from nvidia.dali import fn
@@ -142,18 +143,7 @@ def _fed(source: Callable[[], Any], decoded: bool) -> Any:
 @do_not_convert
 def _fed_on_device(source: Callable[[], Any]) -> Any:
     """As `_fed`, the pictures being on the GPU already."""
-    waiting: deque[Any] = deque()
-
-    def arguments() -> Any:
-        pictures, *others = source()
-        waiting.append(pictures)
-        return others
-
-    def pictures() -> Any:
-        if not waiting:
-            raise StopIteration
-        return waiting.popleft()
-
+    pictures, arguments = halves(source)
     columns: Any = zip(*_FED[1:], strict=True)
     kinds, dimensions = map(list, columns)
     others = fn.external_source(
@@ -163,3 +153,18 @@ def _fed_on_device(source: Callable[[], Any]) -> Any:
         source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, layout="HWC", device="gpu", no_copy=True
     )
     return [on_gpu, *others]
+
+
+def halves(source: Callable[[], Sequence[Any]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Two sources, of a batch's pictures and of its other columns, out of one. DALI asks each once a batch, in an order
+    of its own."""
+    waiting: tuple[deque[Any], deque[Any]] = deque(), deque()
+
+    def half(which: int) -> Any:
+        if not waiting[which]:
+            pictures, *others = source()
+            waiting[0].append(pictures)
+            waiting[1].append(others)
+        return waiting[which].popleft()
+
+    return partial(half, 0), partial(half, 1)

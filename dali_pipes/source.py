@@ -41,6 +41,8 @@ NUMBERS = (
     "noise",
     "noise_x",  # whole: where in the noise bank
     "noise_y",
+    "mirror_rows",  # by how much CLAHE's grid is short of whole tiles; both are 0 where it has them
+    "mirror_columns",
     "top",  # the region of the level that is decoded, where patches are read
     "left",
     "rows",
@@ -145,6 +147,7 @@ class Source:
             "noise": draw.noise_sigma,
             "noise_x": int(draw.noise_x * NOISE_PLACES),
             "noise_y": int(draw.noise_y * NOISE_PLACES),
+            **dict(zip(("mirror_rows", "mirror_columns"), self._mirror(region), strict=True)),
             **dict(zip(NUMBERS[-4:], region, strict=True)),
         }
         return (
@@ -207,6 +210,15 @@ class Source:
 
     def _mirrored(self, facts: dict[str, Any]) -> bool:
         return self._pipeline.orient and facts["laterality"] == "R"
+
+    def _mirror(self, region: Region) -> tuple[int, int]:
+        """Rows and columns that OpenCV's CLAHE adds: a whole tile's share where only the other side needs some. Too
+        few to be mirrored are left as they are."""
+        side, sizes = self._pipeline.clahe.grid, region[2:]
+        if not any(size % side for size in sizes) or min(sizes) <= side:
+            return 0, 0
+        rows, columns = (side - size % side for size in sizes)
+        return rows, columns
 
     def _grid(self, draw: Draw) -> NDArray[np.float32]:
         if draw.grid is None:

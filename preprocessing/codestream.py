@@ -7,7 +7,7 @@ Read without decoding, from JPEG's markers (ISO/IEC 10918-1 B), JPEG-LS's (ISO/I
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from struct import error as StructError
 from struct import unpack_from
@@ -31,19 +31,24 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Codestream:
-    """A frame's own facts. `precision` is in bits; `signed` is told by JPEG 2000 only."""
+    """A frame's own facts. `precision` is in bits; `signed` is told by JPEG 2000 only. `reversible` are JPEG 2000 with
+    the 5-3 wavelet (ISO/IEC 15444-1 A.6.1) and lossless JPEG that predicts from the left neighbour (10918-1 H.1.2.1,
+    Selection Value 1)."""
 
     kind: Kind
     rows: int
     columns: int
     precision: int
     signed: bool = False
+    reversible: bool = False
 
 
 _SOF = {0xC0: Kind.JPEG_BASELINE, 0xC1: Kind.JPEG_EXTENDED, 0xC3: Kind.JPEG_LOSSLESS, 0xF7: Kind.JPEG_LS}
 _OTHER_SOF = {0xC2, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # progressive, hierarchical, arithmetic
 _BARE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
-_SOC, _SIZ, _CAP, _SOT, _EOC = 0xFF4F, 0xFF51, 0xFF50, 0xFF90, 0xFFD9
+_SOC, _SIZ, _CAP, _COD, _SOT, _EOC = 0xFF4F, 0xFF51, 0xFF50, 0xFF52, 0xFF90, 0xFFD9
+_SOS = 0xDA
+_WAVELET = 13  # bytes from the COD marker to its transformation: 0 is 9-7, 1 is 5-3
 _EOI_WITHIN = 64  # bytes at the end in which the end marker must lie: fragments are padded
 
 
@@ -178,6 +183,8 @@ def _inspect_jpeg(data: bytes) -> Codestream:
             if components != 1:
                 raise Rejection(Reason.COLOUR, f"{components} components in the JPEG")
             found = Codestream(_SOF[marker], rows, columns, precision)
+        if marker == _SOS and found is not None and found.kind is Kind.JPEG_LOSSLESS:
+            found = replace(found, reversible=data[start + 3] == 1)  # Ss, after one component's selector
     if found is None:
         raise Rejection(Reason.DECODE_FAILED, "a JPEG without a frame header")
     if data[-_EOI_WITHIN:].rfind(b"\xff\xd9") < 0:
@@ -198,15 +205,17 @@ def _inspect_jpeg_2000(data: bytes) -> Codestream:
     tiles = -(-(x1 - tile_x) // tile_width) * -(-(y1 - tile_y) // tile_height)
     if tiles > 65535:
         raise Rejection(Reason.DECODE_FAILED, f"an impossible number of JPEG 2000 tiles, {tiles}")
-    position, high_throughput = 4 + siz[0], False
+    position, high_throughput, reversible = 4 + siz[0], False, False
     while (marker := unpack_from(">H", data, position)[0]) != _SOT:
         if marker < 0xFF30 or marker == _EOC:
             raise Rejection(Reason.DECODE_FAILED, "damaged JPEG 2000 markers")
         high_throughput |= marker == _CAP
+        if marker == _COD:
+            reversible = data[position + _WAVELET] == 1
         position += 2 + max(2, unpack_from(">H", data, position + 2)[0])
     _check_tile_parts(data, position, tiles)
     kind = Kind.HTJ2K if high_throughput else Kind.JPEG_2000
-    return Codestream(kind, y1 - y0, x1 - x0, (depth & 0x7F) + 1, bool(depth & 0x80))
+    return Codestream(kind, y1 - y0, x1 - x0, (depth & 0x7F) + 1, bool(depth & 0x80), reversible)
 
 
 def _check_tile_parts(data: bytes, position: int, tiles: int) -> None:

@@ -38,7 +38,7 @@ from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source
 
 # Settings that change no byte of a store.
-_FREE = {"timeout_s", "memory_mb", "max_pixels"}
+_FREE = {"decode_on", "timeout_s", "memory_mb", "max_pixels"}
 # Reasons that may have lain in the machine rather than in the file: a later run tries again.
 _PASSING = {"timeout", "crash", "memory", "internal", "unreadable"}
 
@@ -167,7 +167,7 @@ class _Run:
 
     def convert(self, count: int, scheduler: str | None) -> None:
         """Run the workers over what is missing, and write down each outcome as it comes."""
-        limits = workers_module.Limits(timeout_s=self._settings.timeout_s, memory_mb=self._settings.memory_mb)
+        limits = workers_module.Limits.of(self._settings)
         if scheduler:
             outcomes = workers_module.run_cluster(ingest.stage, self._missing(), scheduler, limits, ingest.settle)
         else:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing import codecs, dicom_header, frames, guard, policy, raster
+from preprocessing import codecs, dicom_header, frames, gpu_decode, guard, policy, raster
 from preprocessing.codestream import Codestream, Kind, check_rle, ends_in_background
 from preprocessing.dicom_facts import Header
 from preprocessing.dicom_header import DicomHeader
 from preprocessing.guard import Reason, Rejection
-from preprocessing.settings import ConvertSettings
+from preprocessing.settings import ConvertSettings, DecodeOn
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def decode(path: Path, settings: ConvertSettings) -> Decoded:
 
     Args:
         path: DICOM, PNG, JPEG or TIFF; its content tells which, not its name.
-        settings: `frame` and `max_pixels` count.
+        settings: `frame`, `max_pixels` and `decode_on` count.
 
     Raises:
         Rejection: the file cannot be used; `reason` says why.
@@ -75,10 +75,10 @@ def _decode_dicom(file: dicom_header.Source, settings: ConvertSettings) -> Decod
         return Decoded(_cut_bits(_native(frame.data, header), header), facts, "numpy")
     coded = frame.codestream or _as_the_header_says(frame, header)
     codec = codecs.choose(coded)
-    raw = _run(codec, frame, coded, header)
+    raw, decoder = _run(codec, frame, coded, header, settings.decode_on)
     if frame.codestream is None:
-        return Decoded(_cut_bits(raw, header), facts, codec.name)
-    return Decoded(_fit_bits(raw, coded.precision, codec.lossless, header), facts, codec.name)
+        return Decoded(_cut_bits(raw, header), facts, decoder)
+    return Decoded(_fit_bits(raw, coded.precision, codec.lossless, header), facts, decoder)
 
 
 def _as_the_header_says(frame: frames.Frame, header: DicomHeader) -> Codestream:
@@ -88,8 +88,10 @@ def _as_the_header_says(frame: frames.Frame, header: DicomHeader) -> Codestream:
     return Codestream(frame.kind, header.rows, header.columns, header.bits_allocated)
 
 
-def _run(codec: codecs.Codec, frame: frames.Frame, facts: Codestream, header: DicomHeader) -> NDArray[np.integer]:
-    """Decode, once the codestream agrees with the header; unsigned values, [rows, columns]."""
+def _run(
+    codec: codecs.Codec, frame: frames.Frame, facts: Codestream, header: DicomHeader, place: DecodeOn
+) -> tuple[NDArray[np.integer], str]:
+    """Decode, once the codestream agrees with the header; unsigned values, [rows, columns], and what decoded them."""
     if (facts.rows, facts.columns) != (header.rows, header.columns):
         raise Rejection(
             Reason.SIZE_MISMATCH,
@@ -101,21 +103,23 @@ def _run(codec: codecs.Codec, frame: frames.Frame, facts: Codestream, header: Di
             Reason.SIZE_MISMATCH,
             f"{facts.precision} bits in the {facts.kind} codestream; Bits Allocated {header.bits_allocated}",
         )
+    name, data = codec.name, bytes(frame.data)
     try:
-        raw = codec.decode(bytes(frame.data), facts)
+        offered = place != "cpu" and gpu_decode.suits(facts, place == "gpu-all")
+        raw = gpu_decode.decode(data, facts) if offered else None
+        if raw is not None:
+            name = gpu_decode.NAME
+        else:
+            raw = codec.decode(data, facts)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  each codec raises errors of its own
         raise Rejection(Reason.DECODE_FAILED, f"{codec.name}, {facts.kind}: {type(error).__name__}") from None
     if raw.shape != (header.rows, header.columns):
         raise Rejection(Reason.DECODE_FAILED, f"{codec.name}, {facts.kind}: {raw.shape} values came back")
-    if (
-        facts.kind is Kind.JPEG_LOSSLESS
-        and _ends_flat(raw)
-        and not ends_in_background(bytes(frame.data), header.columns)
-    ):
+    if facts.kind is Kind.JPEG_LOSSLESS and _ends_flat(raw) and not ends_in_background(data, header.columns):
         raise Rejection(Reason.HALF_DECODED, "the lossless JPEG scan ends before the picture does")
-    return raw.view(raw.dtype.str.replace("i", "u"))
+    return raw.view(raw.dtype.str.replace("i", "u")), name
 
 
 def _ends_flat(raw: NDArray[np.integer]) -> bool:

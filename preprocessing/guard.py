@@ -199,11 +199,11 @@ def check_values(stored: NDArray[np.integer], bits: int, padding: Sequence[int])
         inside = stored[(stored < min(padding)) | (stored > max(padding))]
         if not inside.size or inside.min() == inside.max():
             raise Rejection(Reason.BLANK, "every pixel that is no padding has the same value")
-    if filler := _filler_rows(stored):
+    if filler := filler_rows(stored):
         raise Rejection(Reason.HALF_DECODED, f"the last {filler} of {stored.shape[0]} rows are filler")
 
 
-def _filler_rows(stored: NDArray[np.integer]) -> int:
+def filler_rows(stored: NDArray[np.integer]) -> int:
     """Rows at the end that were never written, 0 where there are none: at least a quarter of the picture, all of one
     value, that end a row full of other values. A breast ends in its skin line, row by row; a collimated field has the
     like at its top.

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Codec = Literal["zstd", "deflate", "lzw", "none", "htj2k"]
+DecodeOn = Literal["cpu", "gpu", "gpu-all"]
 FULL = "full"
 
 
@@ -27,6 +28,11 @@ class ConvertSettings(BaseModel):
     )
     frame: int | None = Field(
         default=None, ge=0, description="Frame to take out of multi-frame files; without it they are rejected."
+    )
+    decode_on: DecodeOn = Field(
+        default="cpu",
+        description="Where codestreams are decoded: 'gpu' takes JPEG 2000 and HTJ2K, 'gpu-all' lossless JPEG too. What "
+        "a GPU cannot do, the CPU does; the values are the same.",
     )
     timeout_s: float = Field(
         default=120.0, gt=0, description="Seconds after which the decoding of one file is given up."

@@ -20,14 +20,19 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimedOut
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
 from pebble import ProcessExpired, ProcessPool
 
+from preprocessing import gpu_decode
 from preprocessing.errors import InputError
+from preprocessing.settings import ConvertSettings
 
 Task = Any
 _NEIGHBOURS = 8  # files before an unexplained crash that are done again
@@ -38,11 +43,17 @@ _DEATHS = 3  # times that a cluster may lose the machine under one file before t
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may cost."""
+    """What one file may cost. `gpu`: a process beside the workers decodes for them, see gpu_decode.py."""
 
     timeout_s: float = 120.0
     memory_mb: int = 4096
+    gpu: bool = False
     files_per_process: int = 500
+
+    @classmethod
+    def of(cls, settings: ConvertSettings) -> Limits:
+        """Those that a conversion's settings name."""
+        return cls(settings.timeout_s, settings.memory_mb, settings.decode_on != "cpu")
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,8 @@ class Outcome:
 class Sandbox:
     """One worker process for `function(task)`, replaced when it dies, and every `files_per_process` tasks."""
 
-    def __init__(self, function: Callable[[Task], Any], limits: Limits) -> None:
-        self._function, self._limits = function, limits
+    def __init__(self, function: Callable[[Task], Any], limits: Limits, gpu: gpu_decode.Address | None = None) -> None:
+        self._function, self._limits, self._gpu = function, limits, gpu
         self._pool = self._fresh()
         self._recent: deque[Outcome] = deque(maxlen=_NEIGHBOURS)
 
@@ -124,16 +135,12 @@ class Sandbox:
         return Outcome(task, failure=Failure("crash", f"its process died at once, {_BROKEN_TRIES} times"))
 
     def _fresh(self) -> ProcessPool:
-        # A fork of this process would inherit its threads' locks; the fork server has imported the code and no more.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["preprocessing.ingest"])
-        _allow_children()
         return ProcessPool(
             max_workers=1,
             max_tasks=self._limits.files_per_process,
             initializer=_start,
-            initargs=(self._limits.memory_mb,),
-            context=context,
+            initargs=(self._limits.memory_mb, self._gpu),
+            context=_context(),
         )
 
 
@@ -152,7 +159,18 @@ def run_local(
     Tasks are drawn as they are needed, by the thread that takes the outcomes; nothing is kept of a task whose outcome
     was taken. Close the generator to end the processes early.
     """
-    count = workers or available_cores()
+    with gpu_decode.serving(_context()) if limits.gpu else nullcontext() as gpu:
+        yield from _run_local(function, tasks, workers or available_cores(), limits, finish, gpu)
+
+
+def _run_local(
+    function: Callable[[Task], Any],
+    tasks: Iterable[Task],
+    count: int,
+    limits: Limits,
+    finish: Callable[[Any], Any] | None,
+    gpu: gpu_decode.Address | None,
+) -> Generator[Outcome, None, None]:
     source = iter(tasks)
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -165,7 +183,7 @@ def run_local(
             results.put(error)
 
     def work() -> None:
-        sandbox = Sandbox(function, limits)
+        sandbox = Sandbox(function, limits, gpu)
         with ThreadPoolExecutor(1) as finisher:
             try:
                 while (task := waiting.get()) is not stop:
@@ -264,6 +282,20 @@ def available_cores() -> int:
 
 
 _sandboxes = threading.local()
+_gpu_lock = threading.Lock()
+
+
+@cache
+def _opened_gpu() -> gpu_decode.Address | None:
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(gpu_decode.serving(_context()))
+
+
+def _gpu_of_process() -> gpu_decode.Address | None:
+    """The process that decodes for all sandboxes of a cluster's worker."""
+    with _gpu_lock:
+        return _opened_gpu()
 
 
 def _in_sandbox(
@@ -274,7 +306,7 @@ def _in_sandbox(
     if getattr(_sandboxes, "key", None) != key:
         if hasattr(_sandboxes, "sandbox"):
             _sandboxes.sandbox.close()
-        _sandboxes.sandbox, _sandboxes.key = Sandbox(function, limits), key
+        _sandboxes.sandbox, _sandboxes.key = Sandbox(function, limits, _gpu_of_process() if limits.gpu else None), key
         atexit.register(_sandboxes.sandbox.close)
     return [_finished(outcome, finish) for outcome in _sandboxes.sandbox.run(task)]
 
@@ -285,6 +317,14 @@ def _finished(outcome: Outcome, finish: Callable[[Any], Any] | None) -> Outcome:
     return replace(outcome, result=finish(outcome.result))
 
 
+def _context() -> ForkServerContext:
+    """A fork of this process would inherit its threads' locks; the fork server has imported the code and no more."""
+    _allow_children()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preprocessing.ingest"])
+    return context
+
+
 def _allow_children() -> None:
     """Dask's nanny starts its workers as daemons, which multiprocessing forbids to have children. Sandboxes end by
     themselves when their pool's pipes close, so the ban's reason, orphans, does not hold for them."""
@@ -293,10 +333,11 @@ def _allow_children() -> None:
         process._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _start(memory_mb: int) -> None:
+def _start(memory_mb: int, gpu: gpu_decode.Address | None) -> None:
     """Runs first in a worker process."""
     import cv2
 
+    gpu_decode.connect(gpu)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     cv2.setNumThreads(1)
     limit = psutil.Process().memory_info().vms + memory_mb * 2**20

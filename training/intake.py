@@ -106,7 +106,7 @@ def stream(
         ingest.scratch_folder(spool).mkdir()
         store = Store(spool, settings)
         jobs = (ingest.Job(images.absolute(), spool, settings, s) for s in sources(images, ordered, from_csv))
-        limits = workers.Limits(timeout_s=settings.timeout_s, memory_mb=settings.memory_mb)
+        limits = workers.Limits.of(settings)
         outcomes = workers.run_local(ingest.ingest, jobs, count, limits)
         with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), start, store, batch)) as chunks:
             yield _then_removed(chunks)

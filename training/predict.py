@@ -24,6 +24,7 @@ from preprocessing import table as tables
 from preprocessing.errors import InputError
 from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
+from preprocessing.settings import DecodeOn
 from training import runs
 from training.calibration import Method
 from training.ensemble import (
@@ -87,6 +88,7 @@ def predict(
     calibrate: Method = "none",
     aggregate: Aggregate = "run",
     workers: int = 0,
+    decode_on: DecodeOn = "cpu",
     explain: Path | None = None,
     explain_threshold: float = 0.5,
     explain_method: Literal["attention", "gradcam"] = "attention",
@@ -115,6 +117,7 @@ def predict(
         aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
+        decode_on: where codestreams of `images` are decoded; see `ConvertSettings`.
         explain: folder for overlays of the pictures that reach `explain_threshold`; see `explain.py`.
         explain_threshold: of a picture's probability.
         explain_method: where the pooling looked, or what raised the probability.
@@ -155,7 +158,7 @@ def predict(
         ensemble = _open(folders, models, device, weights, calibrate, aggregate)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
-        settings = narrowed(ensemble.settings, ensemble.longest_side)
+        settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decode_on})
         chunks = stream(images, files, listed is not None, settings, ensemble.batch, kept.position, workers)
     out.parent.mkdir(parents=True, exist_ok=True)
     after = None

@@ -1,0 +1,308 @@
+"""Which codec decodes where: bit-exactly or not, a region alone or not, and how fast.
+
+    python benchmarks/codec_speed.py [--device cpu|gpu] [--json FILE]
+
+Tiles: each codec that a store can have, at its smallest level and at full size, decoded by DALI on the device
+(`mixed`) beside threads on all cores that decode with imagecodecs and upload. Sources: JPEG 2000, HTJ2K and lossless
+JPEG codestreams of DICOM files at full size, decoded by nvImageCodec one at a time, as batches, and as `convert` has it
+do ("served"), beside processes on all cores. Every output is compared with the values that went in. Medians over turns;
+the pictures are synthetic, 3328 by 2560, 12 bits. Without a GPU the host's columns alone are filled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import imagecodecs
+import numpy as np
+import torch
+from crop_quality import breasts
+from numpy.typing import NDArray
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType
+from rich.console import Console
+from rich.table import Table
+
+from dali_pipes.decode import decode as decode_on_host
+from dali_pipes.pipelines import decode, decode_region
+from preprocessing import gpu_decode
+from preprocessing.codecs import choose
+from preprocessing.codestream import inspect
+from preprocessing.phantom import render
+from preprocessing.settings import Codec
+from preprocessing.tiles import build_levels, encode_level
+
+TILE_CODECS: tuple[Codec, ...] = ("zstd", "none", "lzw", "deflate", "htj2k")
+LEVELS = ("512", "full")
+BATCH = {"512": 64, "full": 8}
+REGION = 512  # rows and columns of a region of the full level
+Pictures = list[NDArray[np.uint16]]
+
+
+def draw(count: int) -> Pictures:
+    """12-bit pictures of full size."""
+    found = [render(breast, view, seed, "full").picture for breast, view, seed in breasts(count)]
+    return [np.ascontiguousarray((np.clip(picture, 0, 1) * 4095 + 0.5).astype(np.uint16)) for picture in found]
+
+
+def timed(call: Callable[[], Any], seconds: float, turns: int) -> float:
+    """Median seconds of a call, after one that does not count; each turn calls until `seconds` have passed."""
+    call()
+    found = []
+    for _ in range(turns):
+        began, calls = time.perf_counter(), 0
+        while not calls or time.perf_counter() - began < seconds:
+            call()
+            calls += 1
+        found.append((time.perf_counter() - began) / calls)
+    return statistics.median(found)
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """A call's result, or in a few words why there is none."""
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001  what a decoder cannot do is a finding
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+
+
+class Mixed:
+    """DALI's decoder over one batch of files, whole or a region.
+
+    Args:
+        files: encoded levels.
+        region: top, left, rows, columns, or None for the whole.
+        device: "mixed", or "cpu" for DALI's host decoders.
+        threads: of DALI.
+    """
+
+    def __init__(self, files: Sequence[bytes], region: Sequence[int] | None, device: str, threads: int) -> None:
+        fed = [np.frombuffer(data, np.uint8) for data in files]
+        self._pipeline = Pipeline(len(files), threads, device_id=None if device == "cpu" else 0, exec_dynamic=True)
+        with self._pipeline:
+            tiles = fn.external_source(source=lambda: fed, batch=True, dtype=DALIDataType.UINT8, ndim=1)
+            if region is None:
+                self._pipeline.set_outputs(decode(tiles, device))
+            else:
+                where = [np.array(region, np.int32)] * len(files)
+                cut = fn.external_source(source=lambda: where, batch=True, dtype=DALIDataType.INT32, ndim=1)
+                self._pipeline.set_outputs(decode_region(tiles, cut, device))
+        self._pipeline.build()
+
+    def __call__(self) -> Any:
+        """A decoded batch."""
+        (output,) = self._pipeline.run()
+        return output
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """The same on the host, [rows, columns] each."""
+        output = self().as_cpu()
+        return [np.array(output.at(place))[..., 0] for place in range(len(output))]
+
+
+def on_host(pool: ThreadPoolExecutor, files: Sequence[bytes], sizes: Sequence[tuple[int, int]], device: str) -> Any:
+    """The batch decoded in threads and, with a GPU, uploaded."""
+    levels = pool.map(decode_on_host, files, sizes)
+    if device == "cpu":
+        return list(levels)
+    uploaded = [torch.from_numpy(level.view(np.int16)).cuda(non_blocking=True) for level in levels]
+    torch.cuda.synchronize()
+    return uploaded
+
+
+def equal(found: Sequence[Any], expected: Pictures) -> bool:
+    """Whether every picture is what went in."""
+    return len(found) == len(expected) and all(map(np.array_equal, found, expected))
+
+
+def tile_rows(pictures: Pictures, device: str, cores: int, seconds: float, turns: int) -> list[dict[str, Any]]:
+    """Each codec at each level."""
+    rows, place = [], "mixed" if device == "gpu" else "cpu"
+    with ThreadPoolExecutor(cores) as pool:
+        for level in LEVELS:
+            made = [build_levels(picture, (level,))[level] for picture in pictures]
+            expected = [made[i % len(made)] for i in range(BATCH[level])]
+            region = (REGION, REGION // 2, REGION, REGION)
+            cut = [each[REGION : 2 * REGION, REGION // 2 : REGION // 2 + REGION] for each in expected]
+            for codec in TILE_CODECS:
+                once = list(pool.map(partial(encode_level, codec=codec), made))
+                files = [once[i % len(once)] for i in range(BATCH[level])]
+                row: dict[str, Any] = {"codec": codec, "level": level, "bytes_share": _share(files, expected)}
+                sizes = [each.shape for each in expected]
+                host = partial(on_host, pool, files, sizes, device)
+                row["host_images_per_s"] = len(files) / timed(host, seconds, turns)
+                row |= attempt_dali(files, expected, None, place, cores, seconds, turns, "dali")
+                if level == "full":
+                    row |= attempt_dali(files, cut, region, place, cores, seconds, turns, "dali_region")
+                rows.append(row)
+    return rows
+
+
+def attempt_dali(
+    files: Sequence[bytes],
+    expected: Pictures,
+    region: Sequence[int] | None,
+    place: str,
+    threads: int,
+    seconds: float,
+    turns: int,
+    name: str,
+) -> dict[str, Any]:
+    """Whether DALI's decoder gives the values, and its rate; or why it does not decode."""
+
+    def measure() -> dict[str, Any]:
+        batch = Mixed(files, region, place, threads)
+        exact = equal(batch.arrays(), expected)
+        return {f"{name}_exact": exact, f"{name}_images_per_s": len(files) / timed(batch, seconds, turns)}
+
+    found = attempt(measure)
+    return found if isinstance(found, dict) else {f"{name}_error": found}
+
+
+def codestreams(pictures: Pictures) -> dict[str, list[bytes]]:
+    """The pictures as DICOM files hold them."""
+    encoders: dict[str, Callable[[Any], bytes | bytearray]] = {
+        "JPEG 2000": lambda a: imagecodecs.jpeg2k_encode(a, level=0, codecformat="j2k", bitspersample=12),
+        "HTJ2K": lambda a: imagecodecs.htj2k_encode(a, reversible=True),
+        "JPEG Lossless SV1": lambda a: imagecodecs.jpeg8_encode(a, lossless=True, predictor=1, bitspersample=12),
+    }
+    with ThreadPoolExecutor() as pool:
+        return {name: [bytes(data) for data in pool.map(encode, pictures)] for name, encode in encoders.items()}
+
+
+def host_decode(data: bytes) -> NDArray[np.integer]:
+    """What the conversion does of a codestream, without its checks."""
+    facts = inspect(data)
+    return choose(facts).decode(data, facts)
+
+
+def host_count(files: Sequence[bytes]) -> int:
+    """Decode all of them; in a worker process."""
+    return sum(host_decode(data).size > 0 for data in files)
+
+
+def gpu_count(files: Sequence[bytes]) -> int:
+    """As `host_count`, in a process that has been connected with the one that owns the GPU."""
+    return sum(gpu_decode.decode(data, inspect(data)) is not None for data in files)
+
+
+def source_rows(pictures: Pictures, device: str, cores: int, turns: int) -> list[dict[str, Any]]:
+    """Each codestream, on the host's cores and on the GPU."""
+    rows = []
+    context = get_context("forkserver")
+    for name, files in codestreams(pictures).items():
+        row: dict[str, Any] = {"codestream": name}
+        row["host_exact"] = equal([host_decode(data) for data in files[:1]], pictures[:1])
+        began = time.perf_counter()
+        host_decode(files[0])
+        row["host_core_ms"] = 1000 * (time.perf_counter() - began)
+        with ProcessPoolExecutor(cores, mp_context=context) as pool:
+            row["host_images_per_s"] = across(pool, host_count, files, cores, turns)
+        if device == "gpu":
+            row |= attempt_gpu(files, pictures, turns)
+            with (
+                gpu_decode.serving(context) as address,
+                ProcessPoolExecutor(
+                    cores, mp_context=context, initializer=gpu_decode.connect, initargs=(address,)
+                ) as pool,
+            ):
+                row["gpu_served_images_per_s"] = attempt(partial(across, pool, gpu_count, files, cores, turns))
+        rows.append(row)
+    return rows
+
+
+def across(
+    pool: ProcessPoolExecutor, work: Callable[..., int], files: Sequence[bytes], cores: int, turns: int
+) -> float:
+    """Images/s of all processes together, each with a share of the files."""
+    each = [(list(files) * 2)[:2]] * cores
+    done = sum(pool.map(work, each))  # starts the processes
+    if done < 2 * cores:
+        raise RuntimeError(f"{done} of {2 * cores} decoded")
+    seconds = timed(lambda: list(pool.map(work, each)), 0, turns)
+    return 2 * cores / seconds
+
+
+def attempt_gpu(files: Sequence[bytes], pictures: Pictures, turns: int) -> dict[str, Any]:
+    """nvImageCodec in this process: one at a time, and as one batch."""
+
+    def measure() -> dict[str, Any]:
+        one, batched = gpu_decode.open_decoder(), gpu_decode.open_decoder(gpu_decode.STREAMS)
+        some = (list(files) * 8)[:16]
+        return {
+            "gpu_exact": equal(one(files), pictures),
+            "gpu_images_per_s": 1 / timed(partial(one, files[:1]), 0.3, turns),
+            "gpu_batch_images_per_s": len(some) / timed(partial(batched, some), 0.3, turns),
+        }
+
+    result = attempt(measure)
+    return result if isinstance(result, dict) else {"gpu_error": result}
+
+
+def _share(files: Sequence[bytes], pictures: Pictures) -> float:
+    return sum(map(len, files)) / sum(picture.nbytes for picture in pictures)
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The two tables."""
+    for key, title in (("tiles", "Levels of a store"), ("sources", "Codestreams of DICOM files")):
+        names = list(dict.fromkeys(name for row in found[key] for name in row))
+        table = Table(title=title)
+        for name in names:
+            table.add_column(name.replace("_", " "), justify="left" if name in ("codec", "level") else "right")
+        for row in found[key]:
+            table.add_row(*(_cell(row.get(name, "")) for name in names))
+        console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 10
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--pictures", type=click.IntRange(1), default=8, show_default=True, help="Pictures drawn.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Turns of each.")
+@click.option("--seconds", type=float, default=0.4, show_default=True, help="Length of a turn.")
+@click.option("--json", "target", type=click.Path(path_type=Path), default=None, help="Write the figures there.")
+def main(device: str, pictures: int, repeats: int, seconds: float, target: Path | None) -> None:
+    """Measure and show."""
+    if device == "gpu" and not torch.cuda.is_available():
+        raise click.ClickException("--device gpu: torch sees no GPU here.")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the one inside DALI warns of each codestream without colours
+    console, cores = Console(), len(os.sched_getaffinity(0))
+    drawn = draw(pictures)
+    found = {
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": cores,
+            "gpu": torch.cuda.get_device_name() if device == "gpu" else None,
+        },
+        "sources": source_rows(drawn, device, cores, repeats),
+        "tiles": tile_rows(drawn, device, cores, seconds, repeats),
+    }
+    show(found, console)
+    if target:
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

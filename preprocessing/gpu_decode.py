@@ -1,0 +1,229 @@
+"""JPEG 2000, HTJ2K and lossless JPEG codestreams decoded on a GPU by nvImageCodec, where a conversion asks for it.
+
+One process a machine owns the GPU; the worker processes send it codestreams over a socket and get values back. They
+hold no CUDA context of their own (500 MiB of GPU memory and 160 GiB of addresses each, and contexts take turns on a GPU
+where the streams of one share it), and a fault on the GPU costs that process alone.
+
+Only what must come out bit-equal to the host's decoders is offered: reversible JPEG 2000, and lossless JPEG with the
+predictor of Selection Value 1. A GPU decoder's answer is not trusted for being one: nvJPEG has given zeros for lossless
+JPEG of 9 to 15 bits without an error (nvImageCodec issue 50). Whatever it refuses, and whatever looks blank, half done
+or out of range, the host decodes again; so does everything once the GPU no longer answers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import queue
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from struct import pack, unpack
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preprocessing.codestream import Codestream, Kind
+from preprocessing.guard import filler_rows
+
+Values = NDArray[np.integer]
+Decoder = Callable[[Sequence[bytes]], Sequence[Values | None]]
+
+NAME = "nvimgcodec"  # in the manifest's column `decoder`
+WAVELETS = frozenset({Kind.JPEG_2000, Kind.HTJ2K})
+STREAMS = 4  # codestreams on the GPU at once
+_ANSWER_S = 30.0  # after which the GPU is taken for lost
+_HEAD = "<IIB"  # rows, columns, bytes a value
+log = logging.getLogger(__name__)
+
+
+class NoGpuError(Exception):
+    """nvImageCodec cannot use a GPU here; says why."""
+
+
+class Address(NamedTuple):
+    """Where the process that owns the GPU listens."""
+
+    path: str
+    key: bytes
+
+
+def suits(facts: Codestream, lossless_jpeg: bool) -> bool:
+    """Whether a codestream is of a kind that a GPU decodes to the very values that went in."""
+    kinds = WAVELETS | {Kind.JPEG_LOSSLESS} if lossless_jpeg else WAVELETS
+    return facts.kind in kinds and facts.reversible and not facts.signed
+
+
+def decode(data: bytes, facts: Codestream) -> Values | None:
+    """The values of a codestream, [rows, columns], uint8 up to 8 bits and uint16 above, from the GPU that `connect`
+    found.
+
+    None where they cannot be had from one, or cannot be trusted: refused, of another size, blank, half of it filler,
+    or above the codestream's precision.
+    """
+    if _connected.decoder is None:
+        return None
+    try:
+        (values,) = _connected.decoder([data])
+    except (OSError, EOFError):  # its process has died, or does not answer
+        _connected.decoder = None
+        return None
+    return values if values is not None and _plausible(values, facts) else None
+
+
+def connect(address: Address | None) -> None:
+    """Have this process's `decode` ask the process at an address; without one, or where none answers, nobody."""
+    _connected.decoder = None
+    if address is not None:
+        with suppress(OSError, EOFError, multiprocessing.AuthenticationError):
+            _connected.decoder = _remote(Client(address.path, "AF_UNIX", authkey=address.key))
+
+
+@contextmanager
+def serving(context: ForkServerContext, streams: int = STREAMS) -> Iterator[Address | None]:
+    """A process that decodes on this machine's GPU for as long as the block lasts; None, and one warning, where no GPU
+    can be used."""
+    with tempfile.TemporaryDirectory(prefix="mammopipe-gpu-") as folder:
+        address = Address(str(Path(folder) / "socket"), secrets.token_bytes(16))
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(address, streams, there), daemon=True, name="gpu-decoder")
+        process.start()
+        there.close()
+        try:
+            problem = here.recv()
+        except EOFError:
+            problem = "the process that should open the GPU died"
+        if problem:
+            log.warning("Decoding on the CPU: %s.", problem)
+        try:
+            yield None if problem else address
+            if not problem and not process.is_alive():
+                log.warning("The GPU's decoding process died; what came after was decoded on the CPU.")
+        finally:
+            process.terminate()
+            process.join()
+
+
+def open_decoder(threads: int = 1) -> Decoder:
+    """A function from codestreams to their values, None for those that nvImageCodec refuses.
+
+    Args:
+        threads: of nvImageCodec, each of which may have a codestream of a batch on the GPU.
+
+    Raises:
+        NoGpuError: no GPU answers, or nvImageCodec is not installed.
+    """
+    nvimgcodec = _load()
+    kinds = nvimgcodec.BackendKind
+    try:
+        opened = nvimgcodec.Decoder(
+            device_id=0,
+            max_num_cpu_threads=threads,
+            backends=[nvimgcodec.Backend(kind) for kind in (kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU)],
+        )
+    except RuntimeError as error:
+        raise NoGpuError(f"nvImageCodec opens no GPU: {error}") from None
+    params = nvimgcodec.DecodeParams(
+        apply_exif_orientation=False, allow_any_depth=True, color_spec=nvimgcodec.ColorSpec.UNCHANGED
+    )
+
+    def run(frames: Sequence[bytes]) -> list[Values | None]:
+        images = opened.decode([nvimgcodec.CodeStream(frame) for frame in frames], params=params)
+        return [None if image is None else np.asarray(image.cpu())[..., 0] for image in images]
+
+    return run
+
+
+class _Connected:
+    decoder: Decoder | None = None
+
+
+_connected = _Connected()
+
+
+def _remote(connection: Connection) -> Decoder:
+    def run(frames: Sequence[bytes]) -> list[Values | None]:
+        found: list[Values | None] = []
+        for frame in frames:
+            connection.send_bytes(frame)
+            if not connection.poll(_ANSWER_S):
+                connection.close()
+                raise EOFError
+            head = connection.recv_bytes()
+            if head:
+                rows, columns, width = unpack(_HEAD, head)
+                found.append(np.frombuffer(connection.recv_bytes(), f"u{width}").reshape(rows, columns))
+            else:
+                found.append(None)
+        return found
+
+    return run
+
+
+def _serve(address: Address, streams: int, ready: Connection) -> None:
+    """What the process that owns the GPU runs; ends when it is told to."""
+    decoders: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
+    try:
+        for _ in range(streams):
+            decoders.put(open_decoder())
+        listener = Listener(address.path, "AF_UNIX", backlog=256, authkey=address.key)
+    except (NoGpuError, OSError) as error:
+        ready.send(str(error))
+        return
+    ready.send("")
+    while True:
+        with suppress(OSError, EOFError, multiprocessing.AuthenticationError):  # of one client, which then has none
+            threading.Thread(target=_answer, args=(listener.accept(), decoders), daemon=True).start()
+
+
+def _answer(connection: Connection, decoders: queue.SimpleQueue[Decoder]) -> None:
+    """Decode for one worker until it goes."""
+    with suppress(OSError, EOFError), connection:
+        while True:
+            frame = connection.recv_bytes()
+            decoder = decoders.get()
+            try:
+                (values,) = decoder([frame])
+            except Exception:  # noqa: BLE001  out of memory, say: the host decodes this one
+                values = None
+            finally:
+                decoders.put(decoder)
+            if values is None:
+                connection.send_bytes(b"")
+            else:
+                connection.send_bytes(pack(_HEAD, *values.shape, values.dtype.itemsize))
+                connection.send_bytes(np.ascontiguousarray(values).data.cast("B"))
+
+
+def _load() -> Any:
+    try:
+        from nvidia import nvimgcodec
+    except ImportError as error:
+        raise NoGpuError(f"nvImageCodec, which comes with DALI, cannot be imported ({error})") from None
+    if not _gpu_answers():
+        raise NoGpuError("no NVIDIA GPU answers")
+    return nvimgcodec
+
+
+def _gpu_answers() -> bool:
+    """Asked of the driver before nvImageCodec, which prints a line for each picture that it finds no GPU for."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    except OSError:
+        return False
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _plausible(values: Values, facts: Codestream) -> bool:
+    wanted = np.uint8 if facts.precision <= 8 else np.uint16
+    if values.shape != (facts.rows, facts.columns) or values.dtype != wanted:
+        return False
+    least, most = int(values.min()), int(values.max())
+    return least < most < 2**facts.precision and not filler_rows(values)

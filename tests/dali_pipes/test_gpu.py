@@ -1,0 +1,104 @@
+"""The loader on a GPU. Skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from dali_pipes.loader import Loader
+from dali_pipes.settings import AugmentSettings, LoaderSettings, PipelineSettings
+from preprocessing.manifest import level_column
+from preprocessing.tiles import read_level
+from tests.dali_pipes.stores import flipped, make_store
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU here"),
+]
+AUGMENT = AugmentSettings(vflip=0.5, noise=0.5, blur=0.5, sharpen=0.5, grid=0.5, dropout=0.5, grid_dropout=0.3)
+PIPELINE = PipelineSettings(height=64, width=48, augment=AUGMENT)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("gpu") / "store")
+
+
+def batches(store, train=True, epoch=2, start=0, pipeline=PIPELINE, device="cuda", **more):
+    arrays = more.pop("arrays", None)
+    settings = LoaderSettings(**{"batch_size": 4, "val_batch_size": 4, "threads": 4} | more)
+    with Loader(store, store.manifest, pipeline, settings, seed=5, train=train, device=device, arrays=arrays) as loader:
+        return list(loader.epoch(epoch, start))
+
+
+def joined(found, name="image"):
+    return torch.cat([batch[name] for batch in found])
+
+
+def test_a_batch_is_on_the_gpu_and_close_to_the_hosts(store):
+    for train in (True, False):
+        here, there = batches(store, train), batches(store, train, device="cpu")
+        assert all(value.is_cuda for value in here[0].values())
+        for name in ("label", "index", "ok"):
+            assert torch.equal(joined(here, name).cpu(), joined(there, name))
+        difference = (joined(here).cpu() - joined(there)).abs() * PIPELINE.std * 255
+        assert difference.mean() < 1
+
+
+@pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw", "none", "htj2k"])
+@pytest.mark.parametrize("patch", [False, True])
+def test_every_cache_and_codec_gives_the_same_bits(store, tmp_path, codec, patch):
+    pipeline = PIPELINE.model_copy(update={"patch_level": "full"}) if patch else PIPELINE
+    expected = joined(batches(store, pipeline=pipeline))
+    assert expected.std(dim=(1, 2, 3)).min() > 0.1
+    other = make_store(tmp_path / "store", codec=codec)
+    for cache in ("none", "host", "device"):
+        assert torch.equal(joined(batches(other, pipeline=pipeline, cache=cache)), expected), cache
+
+
+def test_a_second_epoch_from_the_device_cache_reads_no_tile(store, tmp_path):
+    other = make_store(tmp_path / "store")
+    settings = LoaderSettings(batch_size=4, threads=4, cache="device", sampling="natural")
+    with Loader(other, other.manifest, PIPELINE, settings, seed=5, device="cuda") as loader:
+        first = joined(list(loader.epoch(0)), "index")
+        for path in other.root.rglob("*.tif"):
+            path.unlink()
+        assert joined(list(loader.epoch(1)), "ok").all()
+        assert loader.cache.hits == len(first)
+
+
+def test_the_stream_is_the_same_for_any_batch_size_and_after_a_restart(store):
+    whole = batches(store, epoch_samples=28)
+    assert torch.equal(joined(whole), joined(batches(store, epoch_samples=28, batch_size=7, threads=2)))
+    assert torch.equal(joined(whole[3:]), joined(batches(store, epoch_samples=28, start=3)))
+
+
+def test_batches_stay_as_they_are_when_later_ones_come(store):
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2), seed=5, device="cuda") as loader:
+        kept = [(batch["image"], batch["image"].clone()) for epoch in range(3) for batch in loader.epoch(epoch)]
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
+def test_decoded_arrays_give_the_same_bits_as_tiles(store):
+    def level(row, name):
+        return read_level(store.root / store.manifest[level_column("path", name)].iloc[row])
+
+    assert torch.equal(joined(batches(store)), joined(batches(store, arrays=level)))
+
+
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+def test_a_damaged_tile_costs_its_sample_alone(tmp_path, cache):
+    other = make_store(tmp_path / "store", count=8)
+    sound = joined(batches(other, train=False, cache=cache))
+    flipped(other.root / other.manifest[level_column("path", "64")].iloc[2], bit=4000)
+    found = batches(other, train=False, cache=cache)
+    ok = joined(found, "ok").cpu().numpy()
+    assert np.flatnonzero(~ok).tolist() == [2]
+    assert torch.equal(joined(found)[torch.from_numpy(ok)], sound[torch.from_numpy(ok)])
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_half_precision_and_mixing(store, mixup):
+    pipeline = PIPELINE.model_copy(update={"augment": AUGMENT.model_copy(update={"mixup": mixup})})
+    half = joined(batches(store, pipeline=pipeline.model_copy(update={"dtype": "float16"})))
+    assert half.dtype == torch.float16
+    assert torch.equal(half, joined(batches(store, pipeline=pipeline)).half())

@@ -239,7 +239,7 @@ def attempt_gpu(files: Sequence[bytes], pictures: Pictures, turns: int) -> dict[
     """nvImageCodec in this process: one at a time, and as one batch."""
 
     def measure() -> dict[str, Any]:
-        one, batched = gpu_decode.open_decoder(), gpu_decode.open_decoder(gpu_decode.STREAMS)
+        one, batched = gpu_decode.open_decoder(1), gpu_decode.open_decoder()
         some = (list(files) * 8)[:16]
         return {
             "gpu_exact": equal(one(files), pictures),

@@ -39,7 +39,7 @@ def all_steps(
     here = numbers.gpu() if device == "gpu" else numbers
     picture = window(tile, numbers, here, table, device)
     if settings.clahe.enabled:
-        picture = clahe(picture, numbers, settings)
+        picture = clahe(picture, numbers, settings, device)
     picture = tone(picture, numbers, here)
     picture = gaussian_if(picture, numbers[_AT["antialias"]])
     picture = warp(picture, numbers, matrix, grid, settings, device)
@@ -86,34 +86,40 @@ def look_up(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return table[values.long().clamp(max=table.shape[0] - 1)]
 
 
-def clahe(grey: Any, numbers: Any, settings: PipelineSettings) -> Any:
+def clahe(grey: Any, numbers: Any, settings: PipelineSettings, device: str) -> Any:
     """Contrast-limited adaptive histogram equalisation on 8 bits, back to [0, 1].
 
-    OpenCV mirrors what is missing to whole tiles below and to the right, DALI's operator for the GPU cuts the last
-    tiles short. It is given pictures that have been mirrored as OpenCV does, and then gives OpenCV's result.
+    OpenCV mirrors below and to the right what is missing to whole tiles; DALI's operator for the GPU cuts the last
+    tiles short. It is given pictures that are mirrored already, and then gives OpenCV's result.
     """
     side = settings.clahe.grid
     levels = fn.cast(math.floor(grey * 255.0 + 0.5), dtype=DALIDataType.UINT8)
-    if numbers[_AT["mirror_rows"]] > 0:
-        filled = _mirrored(levels, numbers, "rows", 0)
-        filled = _mirrored(filled, numbers, "columns", 1)
-        whole = fn.clahe(filled, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
-        size = fn.cast(numbers[_AT["rows"] : _AT["columns"] + 1], dtype=DALIDataType.INT32)
-        equalised = fn.slice(whole, start=[0, 0], shape=size, axes=(0, 1))
-    else:
-        equalised = fn.clahe(levels, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
-    values: Any = fn.cast(equalised, dtype=DALIDataType.FLOAT)
+    whole = in_torch(_whole_tiles(side), levels, device=device)
+    equalised = fn.clahe(whole, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
+    size = fn.cast(numbers[_AT["rows"] : _AT["columns"] + 1], dtype=DALIDataType.INT32)
+    values: Any = fn.cast(fn.slice(equalised, start=[0, 0], shape=size, axes=(0, 1)), dtype=DALIDataType.FLOAT)
     return values * (1 / 255)
 
 
 @do_not_convert
-def _mirrored(picture: Any, numbers: Any, side: str, axis: int) -> Any:
-    """The picture with the last few rows or columns but one repeated after it in reverse order."""
-    at = [_AT[name] for name in (side, f"mirror_{side}")]
-    sizes: list[Any] = [fn.cast(numbers[place : place + 1], dtype=DALIDataType.INT32) for place in at]
-    length, more = sizes
-    piece = fn.slice(picture, start=length - 1 - more, shape=more, axes=(axis,))
-    return fn.cat(picture, fn.flip(piece, vertical=int(axis == 0), horizontal=int(axis == 1)), axis=axis)
+def _whole_tiles(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def mirrored(levels: torch.Tensor) -> torch.Tensor:
+        """[h, w, 1] with sides that `side` divides, mirrored about the last row and column, as OpenCV's CLAHE does: by
+        a whole `side` more along one axis where the other alone is short."""
+        if not any(length % side for length in levels.shape[:2]):
+            return levels.clone()  # a result must not lie where DALI's own input does
+        for axis in (0, 1):
+            length = levels.shape[axis]
+            more = side - length % side
+            if length > more:
+                end = levels.narrow(axis, length - 1 - more, more).flip(axis)
+            else:  # mirrored to and fro
+                back = np.pad(np.arange(length), (0, more), mode="reflect" if length > 1 else "edge")[length:]
+                end = levels.index_select(axis, torch.from_numpy(back).to(levels.device))
+            levels = torch.cat([levels, end], axis)
+        return levels
+
+    return mirrored
 
 
 def tone(grey: Any, numbers: Any, here: Any) -> Any:
@@ -140,12 +146,10 @@ def gaussian_if(picture: Any, sigma: Any) -> Any:
 def warp(picture: Any, numbers: Any, matrix: Any, grid: Any, settings: PipelineSettings, device: str) -> Any:
     """The one resampling: an affine warp, or a remap where the grid distorts too."""
     size = (settings.height, settings.width)
+    nodes = lookup_nodes(numbers, matrix, grid, settings)
+    placed = nodes.gpu() if device == "gpu" else nodes  # here: a copy of no sample, in the branch, has no dimensions
     if numbers[_AT["grid"]] > 0:
-        x, y = lookup_maps(matrix, grid, settings, device)
-        if device == "gpu":
-            result = fn.experimental.remap(picture, x, y, pixel_origin="center")
-        else:  # which DALI's remap does not run on
-            result = in_torch(_sampled, picture, x, y, device=device)
+        result = in_torch(_sampled, picture, lookup_map(placed, settings), device=device)
     else:
         result = fn.warp_affine(
             picture, matrix=matrix, size=size, fill_value=0.0, interp_type=DALIInterpType.INTERP_LINEAR
@@ -154,32 +158,36 @@ def warp(picture: Any, numbers: Any, matrix: Any, grid: Any, settings: PipelineS
 
 
 @do_not_convert
-def lookup_maps(matrix: Any, grid: Any, settings: PipelineSettings, device: str) -> tuple[Any, Any]:
-    """Where each output pixel looks, x and y in OpenCV's coordinates, float32 [H, W] each, as in steps.py: the affine
-    map at the grid's displaced nodes, and linear interpolation between them, which a resize from the first node to the
-    last one is."""
+def lookup_nodes(numbers: Any, matrix: Any, grid: Any, settings: PipelineSettings) -> Any:
+    """Where the distorted grid's nodes look, [n, n, 2] (x, y), with the level's edges at -1 and 1: the affine map of
+    their displaced places."""
     n = settings.augment.grid_steps + 1
     at_y, at_x = (np.linspace(0, side, n, dtype=np.float32) for side in (settings.height, settings.width))
     nodes: Any = Constant(np.stack(np.broadcast_arrays(at_x, at_y[:, None]), axis=-1), device="cpu")
     looks: Any = fn.coord_transform(fn.reshape(nodes + grid, shape=[n * n, 2]), MT=matrix)
-    looks = fn.reshape(looks - 0.5, shape=[n, n, 2], layout="HWC")
-    maps: Any = fn.resize(
-        looks.gpu() if device == "gpu" else looks,
-        size=(settings.height, settings.width),
-        roi_start=[0.5, 0.5],
-        roi_end=[n - 0.5, n - 0.5],
-        interp_type=DALIInterpType.INTERP_LINEAR,
-        antialias=False,
-    )
-    return maps[:, :, 0], maps[:, :, 1]
+    size: Any = fn.stack(numbers[_AT["columns"]], numbers[_AT["rows"]])
+    return fn.reshape(looks * (2.0 / size) - 1.0, shape=[n, n, 2], layout="HWC")
 
 
 @do_not_convert
-def _sampled(picture: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """[h, w, 1] read at x and y [H, W], bilinear, black outside: [H, W, 1]."""
-    rows, columns = picture.shape[:2]
-    at = torch.stack([(2 * x + 1) / columns - 1, (2 * y + 1) / rows - 1], dim=-1)
-    sampled = torch.nn.functional.grid_sample(picture[None, None, ..., 0], at[None], align_corners=False)
+def lookup_map(nodes: Any, settings: PipelineSettings) -> Any:
+    """The same of every output pixel, [H, W, 2]: linear interpolation, which a resize from the first node to the last
+    one is."""
+    last = settings.augment.grid_steps + 0.5
+    return fn.resize(
+        nodes,
+        size=(settings.height, settings.width),
+        roi_start=[0.5, 0.5],
+        roi_end=[last, last],
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=False,
+    )
+
+
+@do_not_convert
+def _sampled(picture: torch.Tensor, looks: torch.Tensor) -> torch.Tensor:
+    """[h, w, 1] read where `looks` [H, W, 2] says, bilinear, black outside: [H, W, 1]."""
+    sampled = torch.nn.functional.grid_sample(picture[None, None, ..., 0], looks[None], align_corners=False)
     return sampled[0, 0, ..., None]
 
 

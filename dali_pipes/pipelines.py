@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from nvidia.dali import fn
@@ -167,4 +166,4 @@ def halves(source: Callable[[], Sequence[Any]]) -> tuple[Callable[[], Any], Call
             waiting[1].append(others)
         return waiting[which].popleft()
 
-    return partial(half, 0), partial(half, 1)
+    return lambda: half(0), lambda: half(1)

@@ -41,8 +41,6 @@ NUMBERS = (
     "noise",
     "noise_x",  # whole: where in the noise bank
     "noise_y",
-    "mirror_rows",  # by how much CLAHE's grid is short of whole tiles; both are 0 where it has them
-    "mirror_columns",
     "top",  # the region of the level that is decoded, where patches are read
     "left",
     "rows",
@@ -62,7 +60,8 @@ class Sample(NamedTuple):
         numbers: float32 [len(NUMBERS)].
         matrix: float32 [2, 3], from output to level coordinates; pixel i covers [i, i + 1).
         table: float32 [n], the VOI LUT over tile values, in [0, 1]; one 0 where there is none.
-        grid: float32 [n, n, 2], shifts (x, y) of the distortion grid's nodes in output pixels.
+        grid: float32 [n, n, 2], shifts (x, y) of the distortion grid's nodes in output pixels; zeros where there is
+            none.
         holes: float32 [k, 4], top, left, bottom, right in output pixels.
     """
 
@@ -107,7 +106,8 @@ class Source:
     ) -> None:
         self._root, self._levels, self._pipeline = store.root, store.levels, pipeline
         self._arrays, self._cache, self._place, self._encoded = arrays, cache, place or _as_it_is, encoded
-        self._placeholder = _placeholder(PLACEHOLDER if encoded else self._place(np.zeros((16, 16, 1), np.uint16)))
+        black = PLACEHOLDER if encoded else self._place(np.zeros((16, 16, 1), np.uint16))
+        self._placeholder = _placeholder(black, pipeline.augment.grid_steps + 1)
         if pipeline.patch_level not in (None, *store.levels):
             raise ConfigError(
                 f"pipeline.patch_level = {pipeline.patch_level!r}: {store.root} has the levels "
@@ -147,7 +147,6 @@ class Source:
             "noise": draw.noise_sigma,
             "noise_x": int(draw.noise_x * NOISE_PLACES),
             "noise_y": int(draw.noise_y * NOISE_PLACES),
-            **dict(zip(("mirror_rows", "mirror_columns"), self._mirror(region), strict=True)),
             **dict(zip(NUMBERS[-4:], region, strict=True)),
         }
         return (
@@ -211,20 +210,12 @@ class Source:
     def _mirrored(self, facts: dict[str, Any]) -> bool:
         return self._pipeline.orient and facts["laterality"] == "R"
 
-    def _mirror(self, region: Region) -> tuple[int, int]:
-        """Rows and columns that OpenCV's CLAHE adds: a whole tile's share where only the other side needs some. Too
-        few to be mirrored are left as they are."""
-        side, sizes = self._pipeline.clahe.grid, region[2:]
-        if not any(size % side for size in sizes) or min(sizes) <= side:
-            return 0, 0
-        rows, columns = (side - size % side for size in sizes)
-        return rows, columns
-
     def _grid(self, draw: Draw) -> NDArray[np.float32]:
+        nodes = self._pipeline.augment.grid_steps + 1
         if draw.grid is None:
-            return np.zeros((2, 2, 2), np.float32)
-        cells = draw.grid.shape[0] - 1
-        return draw.grid * np.array([self._pipeline.width / cells, self._pipeline.height / cells], np.float32)
+            return np.zeros((nodes, nodes, 2), np.float32)
+        size = np.array([self._pipeline.width, self._pipeline.height], np.float32)
+        return (draw.grid * (size / np.float32(nodes - 1))).astype(np.float32)
 
 
 class _UnusableError(Exception):
@@ -235,7 +226,7 @@ def _as_it_is(picture: NDArray[np.uint16]) -> NDArray[np.uint16]:
     return picture
 
 
-def _placeholder(picture: Any) -> Sample:
+def _placeholder(picture: Any, nodes: int) -> Sample:
     """A black sample in the place of a damaged one."""
     numbers = dict.fromkeys(NUMBERS, 0.0) | {"contrast": 1.0, "gamma": 1.0, "rows": 16.0, "columns": 16.0}
     return Sample(
@@ -243,7 +234,7 @@ def _placeholder(picture: Any) -> Sample:
         np.array([numbers[name] for name in NUMBERS], np.float32),
         np.eye(2, 3, dtype=np.float32),
         np.zeros(1, np.float32),
-        np.zeros((2, 2, 2), np.float32),
+        np.zeros((nodes, nodes, 2), np.float32),
         np.zeros((0, 4), np.float32),
     )
 

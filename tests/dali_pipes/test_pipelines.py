@@ -1,12 +1,17 @@
 """The two forms of the steps, OpenCV's and DALI's, give the same pictures: on DALI's CPU backend here, on a GPU where
 there is one."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType
 
 from dali_pipes.loader import Loader
-from dali_pipes.pipelines import host_pipeline, operator_pipeline
+from dali_pipes.operators import _whole_tiles
+from dali_pipes.pipelines import halves, host_pipeline, operator_pipeline
 from dali_pipes.plan import Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
 from dali_pipes.source import Source
@@ -91,6 +96,45 @@ def test_the_graphs_own_decoders_give_the_bits_of_the_hosts(tmp_path, codec):
         encoded, decoded = (on_operators(store, settings, encoded, train=False) for encoded in (True, False))
         assert torch.equal(encoded, decoded)
         assert encoded.std(dim=(1, 2, 3)).min() > 0.1
+
+
+@pytest.mark.parametrize("order", ["pictures first", "arguments first", "in turns"])
+def test_pictures_and_arguments_stay_together_in_whatever_order_they_are_asked_for(order):
+    batches = iter([[f"picture {n}", f"numbers {n}", f"matrix {n}"] for n in range(4)])
+    pictures, arguments = halves(lambda: next(batches))
+    found = []
+    for n in range(4):
+        first = order == "pictures first" or (order == "in turns" and n % 2)
+        pair = (pictures(), arguments()) if first else (arguments(), pictures())[::-1]
+        found.append(pair)
+    assert found == [(f"picture {n}", [f"numbers {n}", f"matrix {n}"]) for n in range(4)]
+    for each in (pictures, arguments):
+        with pytest.raises(StopIteration):
+            each()
+
+
+def test_dali_takes_the_two_halves():
+    batches = iter([[[np.full((4, 3, 1), n, np.int16)], [np.float32([n])], [np.float32([[n]])]] for n in range(3)])
+    pictures, arguments = halves(lambda: next(batches))
+    pipeline = Pipeline(1, 1, device_id=None, exec_dynamic=True)
+    with pipeline:
+        tile = fn.external_source(source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, layout="HWC")
+        others = fn.external_source(source=arguments, num_outputs=2, batch=True, dtype=DALIDataType.FLOAT, ndim=[1, 2])
+        pipeline.set_outputs(tile, *others)
+    pipeline.build()
+    for n in range(3):
+        assert {float(np.array(output.at(0)).max()) for output in pipeline.run()} == {n}
+    with pytest.raises(StopIteration):
+        pipeline.run()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 70), (65, 64), (100, 77), (5, 90), (1, 3)])
+def test_mirrored_to_whole_tiles_clahe_gives_what_opencv_gives_on_the_picture_itself(shape):
+    levels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    whole = _whole_tiles(8)(torch.from_numpy(levels)[..., None]).numpy()[..., 0]
+    assert not any(side % 8 for side in whole.shape)
+    equaliser = cv2.createCLAHE(2.0, (8, 8))
+    assert np.array_equal(equaliser.apply(whole)[: shape[0], : shape[1]], equaliser.apply(levels))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

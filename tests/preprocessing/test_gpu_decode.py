@@ -7,6 +7,7 @@ import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
@@ -120,10 +121,13 @@ def served(tmp_path: Path, monkeypatch):
     """The owning process's own loop, in a thread, with a simulated GPU behind it."""
 
     def start(function):
-        monkeypatch.setattr(gpu_decode, "open_decoder", lambda: function)
+        def images(frames):
+            return [SimpleNamespace(cpu=lambda values=values: values[..., None]) for values in function(frames)]
+
+        monkeypatch.setattr(gpu_decode, "_open_images", lambda: images)
         address = gpu_decode.Address(str(tmp_path / "socket"), b"key")
         here, there = get_context("spawn").Pipe()
-        threading.Thread(target=gpu_decode._serve, args=(address, 2, there), daemon=True).start()
+        threading.Thread(target=gpu_decode._serve, args=(address, there), daemon=True).start()
         assert here.recv() == ""
         gpu_decode.connect(address)
         return address

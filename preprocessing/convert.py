@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from preprocessing import ingest, table
+from preprocessing import gpu_decode, ingest, table
 from preprocessing import workers as workers_module
 from preprocessing.errors import InputError, StoreError
 from preprocessing.journal import Entry, Journal, locked
@@ -52,6 +52,7 @@ class ConvertSummary:
     converted: int = 0
     unchanged: int = 0
     rejected: int = 0
+    on_gpu: int = 0
     bytes: int = 0
     seconds: float = 0.0
     by_reason: Counter[str] = field(default_factory=Counter)
@@ -66,6 +67,8 @@ class ConvertSummary:
         for name, count in self.by_syntax.most_common():
             took = self.seconds_by_syntax[name]
             lines.append(f"  {count} {name}: {took / count * 1000:.0f} ms a picture")
+        if self.on_gpu:
+            lines.append(f"  {self.on_gpu} decoded on the GPU")
         for reason, count in self.by_reason.most_common():
             lines.append(f"  {count} rejected: {reason} (see {self.store / 'rejected.csv'})")
         return "\n".join(lines)
@@ -237,6 +240,7 @@ class _Run:
         if "facts" in entry:
             name = syntax_name(entry["facts"].get("transfer_syntax", "")) or entry["facts"]["format"]
             self._summary.converted += 1
+            self._summary.on_gpu += entry["facts"]["decoder"] == gpu_decode.NAME
             self._summary.by_syntax[name] += 1
             self._summary.seconds_by_syntax[name] += outcome.seconds
         self._tell(source.image_id, max(0, entry["size"]), "rejected" in entry)

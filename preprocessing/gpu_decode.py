@@ -149,6 +149,16 @@ def _values(image: Any) -> Values:
     return np.asarray(image.cpu())[..., 0]
 
 
+def gpu_answers() -> bool:
+    """Whether this machine has a GPU that CUDA can use. Asked of the driver and not of nvImageCodec, which prints a
+    line for each picture that it finds no GPU for."""
+    try:
+        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    except OSError:
+        return False
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 class _Connected:
     decoder: Decoder | None = None
 
@@ -237,18 +247,9 @@ def _load() -> Any:
         from nvidia import nvimgcodec
     except ImportError as error:
         raise NoGpuError(f"nvImageCodec, which comes with DALI, cannot be imported ({error})") from None
-    if not _gpu_answers():
+    if not gpu_answers():
         raise NoGpuError("no NVIDIA GPU answers")
     return nvimgcodec
-
-
-def _gpu_answers() -> bool:
-    """Asked of the driver before nvImageCodec, which prints a line for each picture that it finds no GPU for."""
-    try:
-        driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
-    except OSError:
-        return False
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _plausible(values: Values, facts: Codestream) -> bool:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Codec = Literal["zstd", "deflate", "lzw", "none", "htj2k"]
 DecodeOn = Literal["cpu", "gpu", "gpu-all"]
 FULL = "full"
+GPU_CODEC: Codec = "htj2k"  # the best to train from on a GPU; docs/loading.md has the measurements
 
 
 class ConvertSettings(BaseModel):
@@ -20,7 +21,10 @@ class ConvertSettings(BaseModel):
         default=("full", "2048", "1024", "512"),
         description="Levels to write, each named by its longest side in pixels; 'full' is the source's own resolution.",
     )
-    codec: Codec = Field(default="zstd", description="Compression of the TIFF tiles; zstd is the best on a CPU.")
+    codec: Codec = Field(
+        default="zstd",
+        description="Compression of the tiles: zstd is the best on a CPU, htj2k on a GPU.",
+    )
     tile: int = Field(default=256, ge=16, le=4096, multiple_of=16, description="Side of a TIFF tile in pixels.")
     crop: bool = Field(default=True, description="Cut the picture to the breast; off keeps the whole picture.")
     crop_margin: float = Field(

@@ -13,6 +13,7 @@ import multiprocessing
 import queue
 import resource
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -20,11 +21,12 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimedOut
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -183,15 +185,12 @@ def _run_local(
             results.put(error)
 
     def work() -> None:
-        sandbox = Sandbox(function, limits, gpu)
-        with ThreadPoolExecutor(1) as finisher:
-            try:
+        try:
+            with closing(Sandbox(function, limits, gpu)) as sandbox, ThreadPoolExecutor(1) as finisher:
                 while (task := waiting.get()) is not stop:
                     finisher.submit(deliver, sandbox.run(task))
-            except BaseException as error:  # noqa: BLE001  as above
-                results.put(error)
-            finally:
-                sandbox.close()
+        except BaseException as error:  # noqa: BLE001  as above
+            results.put(error)
 
     threads = [threading.Thread(target=work, name=f"convert-{i}", daemon=True) for i in range(count)]
     for thread in threads:
@@ -319,6 +318,9 @@ def _finished(outcome: Outcome, finish: Callable[[Any], Any] | None) -> Outcome:
 
 def _context() -> ForkServerContext:
     """A fork of this process would inherit its threads' locks; the fork server has imported the code and no more."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if main is not None and not Path(main).is_file():  # which each process would have to import
+        raise InputError(f"a program read from {Path(main).name} cannot start worker processes: put it into a file.")
     _allow_children()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preprocessing.ingest"])

@@ -129,6 +129,18 @@ def test_duplicate_image_ids_are_named(work, tmp_path):
     assert rows["image_id"][0] in message
 
 
+def test_convert_names_the_codec_for_a_gpu_where_there_is_one_and_none_was_chosen(work, tmp_path, monkeypatch):
+    arguments = ("convert", "--images", work / "rsna" / "train_images", "--levels", "512", "-q")
+    header, first, _ = (work / "rsna" / "train.csv").read_text().split("\n", 2)
+    (tmp_path / "one.csv").write_text(f"{header}\n{first}\n")
+    for there in (True, False):
+        monkeypatch.setattr("preprocessing.gpu_decode.gpu_answers", lambda there=there: there)
+        for more in ((), ("--codec", "zstd")):
+            out = tmp_path / f"{there}{len(more)}"
+            result = call(*arguments, "--csv", tmp_path / "one.csv", "--out", out, *more)
+            assert ("--codec htj2k" in result.output) == (there and not more), result.output
+
+
 def test_absent_image_is_converted_without_and_listed(work, tmp_path):
     rows = pd.read_csv(work / "rsna" / "train.csv", dtype=str).head(4)
     rows.loc[1, "image_id"] = "999999999"

@@ -40,7 +40,7 @@ def examine(folder: Path = Path()) -> list[Check]:
     checks += [_package(name) for name in NEEDED_PACKAGES]
     checks += [_gpus(), _guarded("torch", _torch), _guarded("DALI pipeline", _dali)]
     checks += _decoders()
-    return [*checks, _guarded("device used", _device)]
+    return [*checks, _guarded("device used", _device), _codec()]
 
 
 def usable(checks: Sequence[Check]) -> bool:
@@ -168,6 +168,15 @@ def _decoder(machine: Any) -> Check:
         decoded = decode(path, ConvertSettings())
     right = np.array_equal(decoded.stored, ramp)
     return Check(name, decoded.decoder if right else f"{decoded.decoder} gives wrong values", right)
+
+
+def _codec() -> Check:
+    from preprocessing.gpu_decode import gpu_answers
+    from preprocessing.settings import GPU_CODEC, ConvertSettings
+
+    if gpu_answers():
+        return Check("codec for stores", f"{GPU_CODEC} to train on the GPU: python cli.py convert --codec {GPU_CODEC}")
+    return Check("codec for stores", f"{ConvertSettings().codec}, the default")
 
 
 def _device() -> Check:

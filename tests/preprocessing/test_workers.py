@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +18,7 @@ import pytest
 from preprocessing import workers
 from preprocessing.workers import Limits, run_local
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(timeout_s=3.0, memory_mb=512)
 
 
@@ -109,6 +112,14 @@ def test_tasks_are_drawn_as_they_are_needed() -> None:
         for _ in range(10):
             next(outcomes)
     assert drawn < 100
+
+
+def test_a_program_from_standard_input_is_told_that_it_can_start_no_workers():
+    program = "from tests.preprocessing.test_workers import *; list(run_local(work, [('good', 1)], 1, LIMITS))"
+    done = subprocess.run(
+        [sys.executable, "-"], input=program, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT
+    )
+    assert "InputError: a program read from <stdin> cannot start worker processes" in done.stderr
 
 
 def test_available_cores_respects_the_affinity() -> None:

@@ -53,3 +53,9 @@ def test_what_is_broken_is_told_not_raised():
     check = doctor._guarded("torch", broken)
     assert check.found == "does not work: libcuda.so is missing"
     assert not check.ok
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_codec_for_stores_follows_the_gpu(monkeypatch, there):
+    monkeypatch.setattr("preprocessing.gpu_decode.gpu_answers", lambda: there)
+    assert ("htj2k" in doctor._codec().found) == there

@@ -118,15 +118,16 @@ def stage(job: Job) -> Staged:
     return Staged(entry | {"facts": facts, "tiles": described}, files)
 
 
-def settle(staged: Staged) -> dict[str, Any]:
-    """Wait until the tiles are on the disk, name them, and return the journal entry, which may now be written.
+def settle(staged: Staged, durable: bool = True) -> dict[str, Any]:
+    """Wait until the tiles are on the disk, name them, and return the journal entry, which may now be written. Tiles
+    that need not be `durable` are named at once.
 
     Raises:
         WriteError: the store cannot be written.
     """
     try:
         for path, temporary in staged.files.items():
-            tiles.settle(temporary, path)
+            tiles.settle(temporary, path, durable)
     except OSError as error:
         raise _write_error(error) from None
     return staged.entry

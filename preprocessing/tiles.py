@@ -197,16 +197,18 @@ def stage_level(level: Level, folder: Path, codec: Codec = "zstd", tile: int = 2
     return Staged(temporary, len(data), imagecodecs.deflate_crc32(data))  # zlib's value, at seven times its speed
 
 
-def settle(staged: Path, path: Path) -> None:
-    """Wait until a staged file is on the disk, then give it its name; the folder is made.
+def settle(staged: Path, path: Path, durable: bool = True) -> None:
+    """Wait until a staged file is on the disk, unless it need not be `durable`, then give it its name; the folder is
+    made.
 
     Raises:
         OSError: the disk is full or cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with staged.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with staged.open("rb+") as file:
+                os.fsync(file.fileno())
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import calibration, metrics, runs
+from training.batch_norm import fold_batch_norms
 from training.blend import fit_aggregate, fit_weights
 from training.calibration import Calibration
 from training.device import pick_device, pick_precision
@@ -211,7 +212,8 @@ class Ensemble:
 
     @torch.inference_mode()
     def probabilities(self, member: Member, image: Tensor, tta: bool = False) -> Tensor:
-        """Probabilities, float32 [B], of pictures [B, C, H, W], as validation computes them."""
+        """Probabilities, float32 [B], of pictures [B, C, H, W], as validation computes them, up to the rounding that
+        folding batch normalisation changes."""
         layout = torch.channels_last if member.channels_last else torch.contiguous_format
         views = [image, image.flip(3)] if tta else [image]
         enabled = member.precision != torch.float32
@@ -301,6 +303,7 @@ def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Grou
     loaded = []
     for number, fold in members:
         model, described = runs.load_model(fold, device)
+        fold_batch_norms(model.backbone)
         channels_last = fold.config.model.channels_last
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def stream(
         store = Store(spool, settings)
         jobs = (ingest.Job(images.absolute(), spool, settings, s) for s in sources(images, ordered, from_csv))
         limits = workers.Limits.of(settings)
-        outcomes = workers.run_local(ingest.ingest, jobs, count, limits)
+        outcomes = workers.run_local(ingest.stage, jobs, count, limits, partial(ingest.settle, durable=False))
         with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), start, store, batch)) as chunks:
             yield _then_removed(chunks)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from preprocessing.errors import ConfigError
+from training.allocator import keep_freed_memory
 from training.config import Config, TrainSettings
 from training.device import pick_precision
 from training.distributed import World
@@ -50,6 +51,8 @@ def build_parts(
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every batch has one shape
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    else:
+        keep_freed_memory()
     torch.manual_seed(seed)
     model = build_model(config.model, config.pipeline.channels)
     # DistributedDataParallel hands the first process's weights to the others, so one download is enough.

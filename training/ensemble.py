@@ -24,6 +24,7 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import calibration, metrics, runs
+from training.allocator import keep_freed_memory
 from training.batch_norm import fold_batch_norms
 from training.blend import fit_aggregate, fit_weights
 from training.calibration import Calibration
@@ -253,6 +254,8 @@ def open_ensemble(
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise InputError("--runs: the same run is named twice; name each once, and weigh them with weights.")
     place = pick_device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     by_run = [runs.folds_of(Path(folder)) for folder in folders]
     folds = [(number, fold) for number, found in enumerate(by_run) for fold in found]
     settings = _common_settings([fold for _, fold in folds])

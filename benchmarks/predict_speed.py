@@ -26,7 +26,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +152,11 @@ def make_run(root: Path, config: Config) -> Path:
 
 def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -> list[Row]:
     """All that take turns; `plainly`: the plain script too."""
-    plain = timm.create_model(config.model.backbone, num_classes=1, in_chans=1, pretrained=False).eval()
-    plain = plain.to(work.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     side, group = config.pipeline.height, ensemble.groups[0]
+    # In a process of its own, for this one's allocator is told things by mammopipe that a script would not tell it.
+    apart = ProcessPoolExecutor(1, get_context("spawn"), _plain_model, (config.model.backbone, work.device))
+    if plainly:
+        apart.submit(int).result()  # starts it
     picture = torch.zeros(group.loader.val_batch_size, 1, side, config.pipeline.width, device=work.device)
 
     decoding = "cpu" if work.device == "cpu" else "gpu"
@@ -164,9 +168,8 @@ def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -
             raise click.ClickException(str(summary))
 
     def script(workers: int) -> None:
-        cv2.setNumThreads(work.cores)  # the loader sets it to one
         arguments = (work.images, work.table, side, work.scratch / "plain.csv", work.device, workers)
-        plain_predict.predict(plain, *arguments)
+        apart.submit(_plain, work.cores, *arguments).result()
 
     def intake() -> None:
         settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decoding})
@@ -195,6 +198,19 @@ def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -
         Row("pipeline alone", pipeline),
         Row("model alone", model),
     ]
+
+
+_plain_models: list[torch.nn.Module] = []  # of the plain script's process
+
+
+def _plain_model(backbone: str, device: str) -> None:
+    model = timm.create_model(backbone, num_classes=1, in_chans=1, pretrained=False).eval().to(device)
+    _plain_models.append(model.to(memory_format=torch.channels_last))  # pyright: ignore[reportCallIssue]
+
+
+def _plain(cores: int, *arguments: Any) -> None:
+    torch.set_num_threads(cores)
+    plain_predict.predict(_plain_models[0], *arguments)
 
 
 def by_stage(work: Work, ensemble: Ensemble) -> dict[str, float]:

@@ -31,7 +31,7 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
 from training.analysis import analyse, as_json, as_rows
-from training.batch_size import memory_advice
+from training.batch_size import failure_advice
 from training.build import build_parts
 from training.config import Config, MonitorSettings, load_config
 from training.console import Console
@@ -199,7 +199,7 @@ def main(
         opened = open_store(store) if store else make_store(Path(folder), 12, max(512, *map(int, _split(sizes))))
         for case in cases:
             config = case.config(batch_size, "auto" if device in ("auto", "gpu") else device, more)
-            with memory_advice(config):
+            with failure_advice(config):
                 rows.append(measure(opened, case, config, steps, repeats))
         console.table("Training speed", [_shown(row) for row in rows])
         if stages:

@@ -8,6 +8,8 @@ import torch
 
 from preprocessing.errors import ConfigError
 
+_NOTICED = 0.05  # a CUDA context of this process counts as held by others, and takes less
+
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device that `train.device` means; 'auto' is the process's own GPU where there is one.
@@ -43,3 +45,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type != "cuda":
         raise ConfigError("train.precision = fp16: it needs a GPU; use fp32, bf16 or auto.")
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU's memory that other processes hold; 0 where that is less than a twentieth of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = total - free - torch.cuda.memory_reserved(device)
+    return held if held > _NOTICED * total else 0

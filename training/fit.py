@@ -14,9 +14,9 @@ import torch
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store
 from training import folds, runs
-from training.batch_size import find_batch_size, memory_advice
+from training.batch_size import failure_advice, find_batch_size
 from training.config import Config, DataSettings
-from training.device import pick_device
+from training.device import held_by_others, pick_device
 from training.distributed import World, world
 from training.session import FitSummary, Session
 
@@ -52,10 +52,16 @@ def fit(
     store = store if isinstance(store, Store) else open_store(store)
     folder = Path(out) / f"fold{fold}"
     device = pick_device(config.train.device)
-    with world(device) as place, memory_advice(config):
+    with world(device) as place, failure_advice(config):
         if not place.is_main:  # what every process would say, the first one says
             for package in ("training", "dali_pipes"):
                 logging.getLogger(package).setLevel(logging.WARNING)
+        if device.type == "cuda" and (held := held_by_others(device)):
+            log.warning(
+                "Other programs hold %.1f GiB of %s and will slow training down; CUDA_VISIBLE_DEVICES picks another.",
+                held / 2**30,
+                device,
+            )
         training, held_out = split(store, config.data, fold, place)
         config = _with_batch_size(config, folder, device, len(training) // place.size, place)
         # Every process looks before the first one writes.

@@ -56,15 +56,46 @@ def test_where_nothing_fits_it_says_what_to_lower(monkeypatch):
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("Critical error in pipeline: CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory"),
         MemoryError(),
     ],
 )
 def test_out_of_memory_says_what_to_lower(error):
     with (
         pytest.raises(RunError, match=r"batch_size=2 train\.accumulate=2.*gradient_checkpointing=true"),
-        batch_size.memory_advice(fakes.small_config()),
+        batch_size.failure_advice(fakes.small_config()),
     ):
         raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be", 719),
+        RuntimeError("Critical error in pipeline: CUDA runtime API error cudaErrorIllegalAddress (700)"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_a_gpu_that_fails_says_how_to_go_on(error):
+    with (
+        pytest.raises(RunError, match=r"The GPU failed \(.*\)\. The last checkpoint is sound.*--resume"),
+        batch_size.failure_advice(fakes.small_config()),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(("free", "told"), [(60, "Other programs hold 15.0 GiB of this GPU."), (79, "")])
+def test_out_of_memory_names_who_else_has_the_gpu(monkeypatch, free, told):
+    """A simulated GPU of 80 GiB, 5 of them this process's own where others hold 15."""
+    own = 5 if told else 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own * 2**30)
+    with pytest.raises(RunError) as caught, batch_size.failure_advice(fakes.small_config()):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert ("Other programs" in str(caught.value)) == bool(told)
+    assert told in str(caught.value)
 
 
 def test_a_model_that_does_not_compile_says_what_to_set():
@@ -73,13 +104,13 @@ def test_a_model_that_does_not_compile_says_what_to_set():
 
     with (
         pytest.raises(RunError, match=r"could not compile resnet10t .*C\+\+ compile error.*model\.compile=false"),
-        batch_size.memory_advice(fakes.small_config("model.compile=true")),
+        batch_size.failure_advice(fakes.small_config("model.compile=true")),
     ):
         raise InductorError("CppCompileError: C++ compile error\nmany lines")
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shapes"), batch_size.memory_advice(fakes.small_config()):
+    with pytest.raises(RuntimeError, match="shapes"), batch_size.failure_advice(fakes.small_config()):
         raise RuntimeError("shapes do not fit")
 
 

@@ -1,8 +1,8 @@
 """JPEG 2000, HTJ2K and lossless JPEG codestreams decoded on a GPU by nvImageCodec, where a conversion asks for it.
 
 One process a machine owns the GPU; the worker processes send it codestreams over a socket and get values back. They
-hold no CUDA context of their own (500 MiB of GPU memory and 160 GiB of addresses each, and contexts take turns on a GPU
-where the streams of one share it), and a fault on the GPU costs that process alone. It decodes together what has come
+hold no CUDA context of their own (GPU memory for each, and 170 GiB of addresses; and contexts take turns on a GPU where
+the streams of one share it), and a fault on the GPU costs that process alone. It decodes together what has come
 in meanwhile: lossless JPEG four times as fast as one at a time, on an H100.
 
 Only what must come out bit-equal to the host's decoders is offered: reversible JPEG 2000, and lossless JPEG with the

@@ -31,12 +31,12 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
 from training.analysis import analyse, as_json, as_rows
-from training.batch_size import failure_advice
 from training.build import build_parts
 from training.config import Config, MonitorSettings, load_config
 from training.console import Console
 from training.device import pick_device
 from training.distributed import World
+from training.failures import failure_advice
 from training.loop import Batch, Parts, Position, train_epoch
 from training.monitor import TrainingMonitor
 

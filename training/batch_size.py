@@ -1,11 +1,9 @@
-"""How many samples fit in memory: found before training, and what to say where they did not."""
+"""How many samples fit in memory, found before training."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 import torch
@@ -13,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from preprocessing.errors import RunError
 from training.config import Config
-from training.device import held_by_others, pick_precision
+from training.device import pick_precision
 from training.distributed import World
 from training.model import EveryHead, build_model
 
@@ -23,9 +21,6 @@ log = logging.getLogger(__name__)
 # loader, the page cache and other programs.
 GPU_SHARE, CPU_SHARE = 0.85, 0.5
 LARGEST = 512
-# How torch's CPU allocator, CUDA and DALI say that there is no memory left; and how the latter say that a GPU is gone.
-_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "cudaErrorMemoryAllocation")
-_GPU_SIGNS = ("CUDA error", "CUDA runtime API error", "CUDA driver API error", "cuDNN error", "NCCL error")
 
 
 def find_batch_size(config: Config, device: torch.device, samples: int, world: World | None = None) -> int:
@@ -53,56 +48,6 @@ def find_batch_size(config: Config, device: torch.device, samples: int, world: W
         )
     log.info("Batches of %d samples fit (train.auto_batch).", found)
     return found
-
-
-@contextmanager
-def failure_advice(config: Config) -> Iterator[None]:
-    """Turn running out of memory, a GPU that fails and a model that does not compile into a `RunError` that says what
-    to do."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(_advice(config)) from error
-    except RuntimeError as error:
-        text = str(error)
-        if any(sign in text for sign in _MEMORY_SIGNS):
-            raise RunError(_advice(config)) from error
-        if any(sign in text for sign in _GPU_SIGNS):
-            raise RunError(
-                f"The GPU failed ({_first(text)}). The last checkpoint is sound: see what nvidia-smi and the kernel's "
-                "log (dmesg, lines with Xid) say, restart what holds the GPU or the machine, and run the same command "
-                "with --resume."
-            ) from error
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise RunError(
-                f"model.compile = true: torch could not compile {config.model.backbone} here ({_first(text)}); mend "
-                "its compiler (--traceback shows what it said), or set model.compile=false."
-            ) from error
-        raise
-
-
-def _first(text: str) -> str:
-    return text.strip().splitlines()[0][:200]
-
-
-def _advice(config: Config) -> str:
-    batch = config.data.loader.batch_size
-    pixels = f"{config.pipeline.height} x {config.pipeline.width}"
-    smaller = f"data.loader.batch_size={max(1, batch // 2)} train.accumulate={2 * config.train.accumulate}"
-    checkpointing = "" if config.model.gradient_checkpointing else ", or set model.gradient_checkpointing=true"
-    return (
-        f"Out of memory with batches of {batch} pictures of {pixels} and {config.model.backbone}. Lower the batch "
-        f"({smaller}), or the size (pipeline.height and width){checkpointing}, or let --set train.auto_batch=true find "
-        f"the batch.{_others()} The last checkpoint is sound."
-    )
-
-
-def _others() -> str:
-    """Who else has the GPU's memory, if others have much of it."""
-    if not torch.cuda.is_available():
-        return ""
-    held = held_by_others(torch.device("cuda", torch.cuda.current_device()))
-    return f" Other programs hold {held / 2**30:.1f} GiB of this GPU." if held else ""
 
 
 def _step(module: torch.nn.Module, config: Config, device: torch.device, batch: int) -> None:

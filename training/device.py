@@ -8,7 +8,7 @@ import torch
 
 from preprocessing.errors import ConfigError
 
-_NOTICED = 0.05  # a CUDA context of this process counts as held by others, and takes less
+_NOTICED = 2**30  # bytes
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -48,7 +48,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def held_by_others(device: torch.device) -> int:
-    """Bytes of a GPU's memory that other processes hold; 0 where that is less than a twentieth of it."""
+    """Bytes of a GPU's memory that other processes hold, asked before this one has used it: 0 for less than a GiB,
+    which may be this process's own context, and afterwards, when its own cannot be told from theirs."""
     free, total = torch.cuda.mem_get_info(device)
-    held = total - free - torch.cuda.memory_reserved(device)
-    return held if held > _NOTICED * total else 0
+    held = total - free
+    return held if held > _NOTICED and not torch.cuda.memory_reserved(device) else 0

@@ -14,10 +14,11 @@ import torch
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store
 from training import folds, runs
-from training.batch_size import failure_advice, find_batch_size
+from training.batch_size import find_batch_size
 from training.config import Config, DataSettings
 from training.device import held_by_others, pick_device
 from training.distributed import World, world
+from training.failures import failure_advice
 from training.session import FitSummary, Session
 
 log = logging.getLogger(__name__)

@@ -66,6 +66,12 @@ _aggregate = click.option(
     show_default=True,
     help="From pictures to a breast: the run's own way, another, or a generalised mean fitted out of fold.",
 )
+_covariates = click.option(
+    "--covariates",
+    default=None,
+    metavar="age,...|none",
+    help="What the table says of the patient that probabilities take into account: age, implant.  [default: the run's]",
+)
 _device = click.option("--device", default=None, help="'cpu', 'cuda', 'cuda:N' or 'auto' (the default).")
 _decode_on = click.option(
     "--decode-on",
@@ -318,14 +324,16 @@ def train(
 @main.command()
 @_store
 @click.option("--runs", type=_PATH, default=RUN, show_default=True, help="Run folder whose folds are evaluated.")
+@_covariates
 @click.pass_context
-def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
+def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None) -> None:
     """Compute every metric over a run's out-of-fold predictions."""
     from preprocessing.manifest import open_store
     from training import evaluate as evaluation
+    from training.covariates import parse_names
 
     with _console(ctx) as console:
-        metrics = evaluation.evaluate(runs, open_store(store))
+        metrics = evaluation.evaluate(runs, open_store(store), names=parse_names(covariates))
         console.table("Out-of-fold metrics", evaluation.headline(metrics))
     click.echo(f"Metrics: {runs / 'metrics.json'}")
 
@@ -357,6 +365,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path) -> None:
 @click.option("--binary", is_flag=True, help="Write 0 and 1, cut at the threshold chosen out of fold.")
 @_calibrate
 @_aggregate
+@_covariates
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
 @_decode_on
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
@@ -376,6 +385,7 @@ def predict(
     binary: bool,
     calibrate: Any,
     aggregate: Any,
+    covariates: str | None,
     explain: Path | None,
     decode_on: Any,
     workers: int,
@@ -386,6 +396,7 @@ def predict(
     Exit status 0: complete; 3: complete, with fallbacks that predictions_problems.csv lists.
     """
     from training import predict as prediction
+    from training.covariates import parse_names
     from training.monitor import watched
 
     if store is not None and images is not None:
@@ -407,6 +418,7 @@ def predict(
             binary=binary,
             calibrate=calibrate,
             aggregate=aggregate,
+            covariates=parse_names(covariates),
             explain=explain,
             workers=workers,
             decode_on=decode_on,
@@ -432,11 +444,13 @@ def _weights(text: str | None) -> Any:
 @click.option("--out", type=_PATH, default=None, help="Folder to write.  [default: export in the run folder]")
 @_calibrate
 @_aggregate
-def export(runs: Path, out: Path | None, calibrate: Any, aggregate: Any) -> None:
+@_covariates
+def export(runs: Path, out: Path | None, calibrate: Any, aggregate: Any, covariates: str | None) -> None:
     """Write a run as ONNX and torch.export models, checked, with all that it takes to use them."""
     from training import export as exporting
+    from training.covariates import parse_names
 
-    click.echo(exporting.export(runs, out or runs / "export", calibrate, aggregate))
+    click.echo(exporting.export(runs, out or runs / "export", calibrate, aggregate, parse_names(covariates)))
 
 
 @main.command()

@@ -63,14 +63,17 @@ def judge(out: Path, seconds: dict[int, float]) -> dict[str, Any]:
     result = evaluate.evaluate(out)
     frame = evaluate.out_of_fold(runs.open_run(out))
     rows: list[dict[str, Any]] = []
+    judged = evaluate.with_covariates(metrics.per_breast(frame, result["aggregate"]), result["covariates"])
     for fold in runs.open_run(out).folds:
-        breasts = metrics.per_breast(frame[frame["fold"] == fold.fold], result["aggregate"])
+        breasts = judged[judged["fold"] == fold.fold]
+        alone = breasts["pictures" if "pictures" in breasts else "prediction"]
         figures = metrics.summarise(breasts["cancer"], breasts["prediction"])
         rows.append(
             {
                 "fold": fold.fold,
                 "auroc": figures["auroc"],
                 "interval": metrics.bootstrap(breasts)["auroc"],
+                "pictures_alone": metrics.summarise(breasts["cancer"], alone)["auroc"],
                 "last_epoch_auroc": fold.records("epoch")[-1]["auroc"],  # not chosen by its own value
                 "breasts": figures["count"],
                 "positives": figures["positives"],
@@ -82,6 +85,8 @@ def judge(out: Path, seconds: dict[int, float]) -> dict[str, Any]:
         "folds": rows,
         "mean_last_epoch_auroc": float(np.mean([row["last_epoch_auroc"] for row in rows])),
         "mean_auroc": result["mean_of_folds"]["auroc"],
+        "mean_auroc_of_pictures_alone": float(np.mean([row["pictures_alone"] for row in rows])),
+        "covariates": result["covariates"],
         "pooled_auroc": result["breast"]["auroc"],
         "pooled_interval": result["breast"]["intervals"]["auroc"],
         "machines": [
@@ -134,6 +139,9 @@ def main(
         low, high = found["pooled_interval"] or (float("nan"), float("nan"))
         pooled = f"{found['pooled_auroc']:.4f} ({low:.4f} to {high:.4f})"
         click.echo(f"Mean of folds {found['mean_auroc']:.4f}; pooled {pooled}")
+        if found["covariates"]:
+            alone = found["mean_auroc_of_pictures_alone"]
+            click.echo(f"With {', '.join(found['covariates'])}; from pictures alone the mean of folds is {alone:.4f}")
     if result_file:
         runs.write_json(result_file, found)
 
@@ -155,6 +163,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     return {
         "fold": str(row["fold"]),
         "AUROC": f"{row['auroc']:.4f}",
+        "pictures alone": f"{row['pictures_alone']:.4f}",
         "95 % interval": f"{low:.4f} to {high:.4f}",
         "last epoch": f"{row['last_epoch_auroc']:.4f}",
         "breasts": str(row["breasts"]),

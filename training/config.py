@@ -111,6 +111,11 @@ class TrainSettings(_Settings):
         default="auroc", description="Validation metric, per breast, by which the best model is kept."
     )
     aggregate: Literal["mean", "max", "noisy_or"] = Field(default="mean", description="From images to a breast.")
+    covariates: tuple[Literal["age", "implant"], ...] = Field(
+        default=(),
+        description="What the table says of the patient that a breast's probability takes into account, fitted out of "
+        "fold after training: `age`, `implant`.",
+    )
     progressive: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=(),
         description="Progressive resizing (Tan & Le 2021, section 4): the training pictures' size as shares of the "

@@ -23,11 +23,12 @@ from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
-from training import calibration, metrics, runs
+from training import calibration, covariates, metrics, runs
 from training.allocator import keep_freed_memory
 from training.batch_norm import fold_batch_norms
 from training.blend import fit_aggregate, fit_weights
 from training.calibration import Calibration
+from training.covariates import Covariates
 from training.device import pick_device, pick_precision
 from training.runs import FoldRun
 from training.timing import Untimed, timed
@@ -79,6 +80,7 @@ class Ensemble:
         device: where the models are.
         calibration: of a breast's probability, fitted out of fold; `threshold` is on its scale.
         own_calibrations: each run's, of its own breasts' probabilities before they are averaged; empty for none.
+        covariates: what each run's breasts' probabilities take from the table, before all else; empty for none.
     """
 
     names: tuple[str, ...]
@@ -91,6 +93,7 @@ class Ensemble:
     device: torch.device
     calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
     own_calibrations: tuple[Calibration, ...] = ()
+    covariates: tuple[Covariates, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What predictions of this ensemble are made with, for the record."""
@@ -103,6 +106,7 @@ class Ensemble:
             ],
             "calibration": self.calibration.model_dump(mode="json"),
             "own_calibrations": [each.model_dump(mode="json") for each in self.own_calibrations],
+            "covariates": [each.model_dump(mode="json") for each in self.covariates],
             "threshold": self.threshold,
             "prior": self.prior,
         }
@@ -176,17 +180,20 @@ class Ensemble:
         """One probability a breast.
 
         Args:
-            frame: `prediction_id` of each picture.
+            frame: `prediction_id` of each picture, and the covariates, NaN where unknown.
             by_run: probabilities, float64 [pictures, runs], all finite.
 
         Returns:
-            Probabilities in [0, 1] by `prediction_id`: each run's pictures aggregated its own way, averaged, then
-            calibrated.
+            Probabilities in [0, 1] by `prediction_id`: each run's pictures aggregated its own way, covariates taken in,
+            averaged, then calibrated.
         """
+        known = frame.groupby("prediction_id", sort=True).first()  # of a breast's pictures those that say something
         breasts = pd.Series(dtype=np.float64)
         for run, aggregate in enumerate(self.aggregates):
             pictures = pd.Series(by_run[:, run], index=frame.index)
             part = metrics.aggregate_predictions(pictures, frame["prediction_id"], aggregate)
+            if self.covariates:
+                part = pd.Series(self.covariates[run](part.clip(0, 1), known), part.index)
             if self.own_calibrations:
                 part = pd.Series(self.own_calibrations[run](part.clip(0, 1)), part.index)
             part = part * self.weights[run]
@@ -232,6 +239,7 @@ def open_ensemble(
     weights: Weights = None,
     calibrate: calibration.Method = "none",
     aggregate: Aggregate = "run",
+    names: Sequence[str] | None = None,
 ) -> Ensemble:
     """Load the best model of every fold of every run.
 
@@ -243,9 +251,12 @@ def open_ensemble(
         calibrate: how the breasts' probabilities are calibrated on the runs' out-of-fold predictions.
         aggregate: from pictures to a breast: each run's own way, another one for all, or 'fitted': the generalised mean
             of the least log loss on each run's out-of-fold predictions.
+        names: of the covariates that a breast's probability takes into account, fitted on each run's out-of-fold
+            predictions; None for each run's own.
 
     Raises:
-        RunError: a run is missing, unfinished or damaged, or the runs were trained on stores converted differently.
+        RunError: a run is missing, unfinished or damaged, covariates cannot be fitted, or the runs were trained on
+            stores converted differently.
         InputError: impossible weights, or the same run twice.
         ConfigError: a GPU is asked for that is not there.
     """
@@ -267,7 +278,14 @@ def open_ensemble(
         grouped.setdefault(key, []).append((number, fold))
     pictures = [pd.concat([fold.validation for fold in found], ignore_index=True) for found in by_run]
     aggregates = [_aggregate(aggregate, found, each) for found, each in zip(by_run, pictures, strict=True)]
-    judged = _out_of_fold(pictures, aggregates)
+    held_out = [metrics.per_breast(each, way) for each, way in zip(pictures, aggregates, strict=True)]
+    taken = [
+        covariates.fit(found[0].config.train.covariates if names is None else names, each)
+        for found, each in zip(by_run, held_out, strict=True)
+    ]
+    judged = _out_of_fold(
+        [each.assign(prediction=fit(each["prediction"], each)) for each, fit in zip(held_out, taken, strict=True)]
+    )
     shares = _weights(weights, judged)
     breasts = _mixed(judged, shares)
     fitted = calibration.fit(calibrate, breasts["cancer"], breasts["prediction"])
@@ -282,6 +300,7 @@ def open_ensemble(
         settings=settings,
         device=place,
         calibration=fitted,
+        covariates=tuple(taken),
     )
 
 
@@ -352,12 +371,12 @@ def _aggregate(aggregate: Aggregate, folds: Sequence[FoldRun], pictures: pd.Data
     return folds[0].config.train.aggregate if aggregate == "run" else aggregate
 
 
-def _out_of_fold(pictures: Sequence[pd.DataFrame], aggregates: Sequence[str]) -> pd.DataFrame:
+def _out_of_fold(held_out: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Every breast that was held out, by prediction_id: `cancer`, and a column a run (0, 1, ...) with what the run
     predicted, NaN where it did not hold the breast out."""
     columns, cancer = [], []
-    for each, aggregate in zip(pictures, aggregates, strict=True):
-        breasts = metrics.per_breast(each, aggregate).dropna(subset=["cancer"]).set_index("prediction_id")
+    for each in held_out:
+        breasts = each.dropna(subset=["cancer"]).set_index("prediction_id")
         columns.append(breasts["prediction"])
         cancer.append(breasts["cancer"])
     labels = pd.concat(cancer).groupby(level=0).max()
@@ -402,6 +421,7 @@ def average(ensembles: Sequence[Ensemble], weights: Sequence[float] | None = Non
         settings=first.settings,
         device=first.device,
         own_calibrations=tuple(ensemble.calibration for ensemble in ensembles),
+        covariates=tuple(ensemble.covariates[0] for ensemble in ensembles),
     )
 
 

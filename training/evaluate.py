@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from preprocessing.errors import RunError
 from preprocessing.manifest import Store
-from training import metrics, runs
+from training import covariates, metrics, runs
 from training.runs import Run
 
 BREAST_GROUPS = ("site_id", "machine_id", "density", "age", "implant")
@@ -20,29 +21,35 @@ UNSTABLE_LOSS = 0.1
 _FLAT = ("count", "positives", "auroc", "average_precision", "pf1", "pf1_best", "threshold", "log_loss", "ece")
 
 
-def evaluate(run: str | Path, store: Store | None = None, resamples: int = 1000) -> dict[str, Any]:
+def evaluate(
+    run: str | Path, store: Store | None = None, resamples: int = 1000, names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Judge a run and write metrics.json, metrics.csv and out_of_fold.csv into its folder.
 
     Args:
         run: the run's folder; all folds in it that have predictions are taken together.
         store: where given, it must be the one that the run was trained on.
         resamples: bootstrap resamples of patients.
+        names: of the covariates that a breast's probability takes into account; None for the run's own.
 
     Returns:
         What metrics.json holds: `folds` (a dict each: fold, finished, breast); `picture`, `breast` and `patient`, each
         what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the ranking figures per
         breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups` gives; `unseen`, what
-        `unseen` gives; `aggregate`; `warnings`, sentences.
+        `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts' `auroc` and its
+        `mean_of_folds` without them, or None where there are none; `warnings`, sentences.
 
     Raises:
-        RunError: no predictions there, or the store is another.
+        RunError: no predictions there, the store is another, or the covariates cannot be fitted.
     """
     opened = runs.open_run(run)
     frame = out_of_fold(opened)
     _check_store(opened, store)
     aggregate = opened.folds[0].config.train.aggregate
-    breasts = metrics.per_breast(frame, aggregate)
-    patients = metrics.per_patient(frame, aggregate)
+    taken = opened.folds[0].config.train.covariates if names is None else names
+    alone = metrics.per_breast(frame, aggregate)
+    breasts = with_covariates(alone, taken)
+    patients = metrics.per_patient(breasts)
     threshold = choose_threshold(breasts, resamples)
     value = threshold["value"]
     result = {
@@ -58,7 +65,9 @@ def evaluate(run: str | Path, store: Store | None = None, resamples: int = 1000)
             *metrics.subgroups(breasts, BREAST_GROUPS, value),
             *metrics.subgroups(frame, PICTURE_GROUPS, value),
         ],
-        "unseen": unseen(opened, frame, aggregate, value),
+        "unseen": unseen(opened, frame, breasts, value),
+        "covariates": list(taken),
+        "pictures_alone": _pictures_alone(alone) if taken else None,
     }
     result["warnings"] = _warnings(opened, result)
     result = runs.plain(result)
@@ -87,6 +96,18 @@ def out_of_fold(run: Run) -> pd.DataFrame:
     return frame
 
 
+def with_covariates(breasts: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The breasts, what `metrics.per_breast` gives, with covariates taken into their prediction; what each was before,
+    from its pictures alone, is then in the column `pictures`.
+
+    Raises:
+        RunError: the covariates cannot be fitted.
+    """
+    if not names:
+        return breasts
+    return breasts.assign(prediction=covariates.cross_fitted(names, breasts), pictures=breasts["prediction"])
+
+
 def choose_threshold(breasts: pd.DataFrame, resamples: int) -> dict[str, Any]:
     """The threshold of the best pF1 over all out-of-fold predictions, and how far it can be trusted.
 
@@ -107,8 +128,14 @@ def choose_threshold(breasts: pd.DataFrame, resamples: int) -> dict[str, Any]:
     }
 
 
-def unseen(run: Run, frame: pd.DataFrame, aggregate: str, threshold: float) -> dict[str, Any] | None:
-    """Figures per breast on pictures of machines or sites that their fold's model never saw, beside the others.
+def unseen(run: Run, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: float) -> dict[str, Any] | None:
+    """Figures of breasts with pictures of machines or sites that their fold's model never saw, beside the others.
+
+    Args:
+        run: where the machines and sites of training are recorded.
+        frame: a row a picture.
+        breasts: a row a breast.
+        threshold: where the confusion is counted.
 
     Returns:
         `machines`, `sites` (those unseen somewhere), `unseen` and `seen` (what `metrics.summarise` gives); or None.
@@ -125,13 +152,13 @@ def unseen(run: Run, frame: pd.DataFrame, aggregate: str, threshold: float) -> d
         new |= strange_machine | strange_site
     if not new.any():
         return None
+    strange = breasts["prediction_id"].isin(frame.loc[new, "prediction_id"])
     return {
         "machines": sorted(machines),
         "sites": sorted(sites),
         **{
-            name: metrics.summarise(breasts["cancer"], breasts["prediction"], threshold)
-            for name, part in (("unseen", frame[new]), ("seen", frame[~new]))
-            for breasts in (metrics.per_breast(part, aggregate),)
+            name: metrics.summarise(part["cancer"], part["prediction"], threshold)
+            for name, part in (("unseen", breasts[strange]), ("seen", breasts[~strange]))
         },
     }
 
@@ -157,6 +184,11 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     if len(result["folds"]) > 1:
         mean = _number(result["mean_of_folds"]["auroc"])
         rows.insert(1, {"figure": "AUROC (mean of folds)", "value": mean, "95 % interval": ""})
+    if (alone := result.get("pictures_alone")) is not None:
+        text = f"with {', '.join(result['covariates'])}; pictures alone {_number(alone['auroc'])}"
+        if len(result["folds"]) > 1:
+            text += f", mean of folds {_number(alone['mean_of_folds'])}"
+        rows.append({"figure": "judged by", "value": text, "95 % interval": ""})
     counts = f"{breast['count']:,} breasts, {breast['positives']:,} with cancer, {len(result['folds'])} fold(s)"
     rows.append({"figure": "judged", "value": counts, "95 % interval": ""})
     rows += [{"figure": "warning", "value": text, "95 % interval": ""} for text in result["warnings"]]
@@ -176,6 +208,11 @@ def as_table(result: dict[str, Any]) -> pd.DataFrame:
             {"level": "breast", "group": "machines", "value": n, **result["unseen"][n]} for n in ("seen", "unseen")
         ]
     return pd.DataFrame(rows)[["level", "group", "value", *_FLAT]]
+
+
+def _pictures_alone(breasts: pd.DataFrame) -> dict[str, float]:
+    figures = metrics.summarise(breasts["cancer"], breasts["prediction"])
+    return {"auroc": figures["auroc"], "mean_of_folds": _mean_of_folds(breasts)["auroc"]}
 
 
 def _cross_thresholded(breasts: pd.DataFrame) -> float:

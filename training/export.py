@@ -33,6 +33,7 @@ from preprocessing.manifest import write_atomically
 from preprocessing.settings import ConvertSettings
 from training import runs
 from training.calibration import Calibration, Method
+from training.covariates import Covariates
 from training.device import pick_device
 from training.ensemble import Aggregate, Ensemble, Group, Member, open_ensemble
 
@@ -95,7 +96,13 @@ class OnnxModel:
         return torch.logit(torch.from_numpy(found)).to(image.device)
 
 
-def export(folder: Path, out: Path, calibrate: Method = "none", aggregate: Aggregate = "run") -> ExportSummary:
+def export(
+    folder: Path,
+    out: Path,
+    calibrate: Method = "none",
+    aggregate: Aggregate = "run",
+    covariates: Sequence[str] | None = None,
+) -> ExportSummary:
     """Write a run, or one fold of it, as models for other programs. See the module's text for the files.
 
     Args:
@@ -103,13 +110,14 @@ def export(folder: Path, out: Path, calibrate: Method = "none", aggregate: Aggre
         out: folder for the files; those of an earlier export are replaced.
         calibrate: how breasts' probabilities are calibrated; kept in model.json, the graph itself stays as it is.
         aggregate: from pictures to a breast, as `open_ensemble` takes it; kept there, too.
+        covariates: what a breast's probability takes from the table, as `open_ensemble` takes `names`; kept there, too.
 
     Raises:
         RunError: a run that is missing, unfinished or damaged, or an exported model that does not say what torch says.
         ConfigError: onnx, onnxscript or onnxruntime is not installed.
     """
     _onnxruntime()
-    ensemble = open_ensemble([folder], "cpu", calibrate=calibrate, aggregate=aggregate)
+    ensemble = open_ensemble([folder], "cpu", calibrate=calibrate, aggregate=aggregate, names=covariates)
     group, *others = ensemble.groups
     if others:
         raise RunError(f"{folder}: its folds were trained with different pipelines; export each by itself.")
@@ -179,6 +187,7 @@ def open_exported(path: Path, device: str = "auto") -> Ensemble:
         settings=ConvertSettings.model_validate(known["conversion"]),
         device=place,
         calibration=Calibration.model_validate(known["calibration"]),
+        covariates=(Covariates.model_validate(known.get("covariates", {})),),  # exports before 2026-11-26 had none
     )
 
 
@@ -224,6 +233,7 @@ def _description(
         "prior": ensemble.prior,
         "threshold": ensemble.threshold,
         "calibration": ensemble.calibration.model_dump(mode="json"),
+        "covariates": ensemble.covariates[0].model_dump(mode="json"),
         "max_difference": {ONNX: summary.onnx_difference, PROGRAM: summary.program_difference},
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         "packages": {name: importlib.metadata.version(name) for name in ("torch", "timm", "onnx", "onnxruntime")},

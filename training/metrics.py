@@ -137,9 +137,9 @@ def per_breast(frame: pd.DataFrame, aggregate: str = "mean") -> pd.DataFrame:
     return _grouped(frame, "prediction_id", aggregate)
 
 
-def per_patient(frame: pd.DataFrame, aggregate: str = "mean") -> pd.DataFrame:
-    """One row a patient: the highest of the breasts' predictions, each aggregated as `per_breast` does."""
-    return _grouped(per_breast(frame, aggregate), "patient_id", "max")
+def per_patient(breasts: pd.DataFrame) -> pd.DataFrame:
+    """One row a patient, as `per_breast` gives one a breast: the highest of the breasts' predictions."""
+    return _grouped(breasts, "patient_id", "max")
 
 
 def subgroups(frame: pd.DataFrame, columns: Sequence[str], threshold: float) -> list[dict[str, Any]]:

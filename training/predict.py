@@ -38,7 +38,7 @@ from training.ensemble import (
 )
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
-from training.submission import FACTS, Results, asked_by_store, asked_by_table, compose, judge
+from training.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
 from training.timing import Untimed, timed
 
 IMAGES = "predictions_images.csv"
@@ -87,6 +87,7 @@ def predict(
     binary: bool = False,
     calibrate: Method = "none",
     aggregate: Aggregate = "run",
+    covariates: Sequence[str] | None = None,
     workers: int = 0,
     decode_on: DecodeOn = "cpu",
     explain: Path | None = None,
@@ -115,6 +116,8 @@ def predict(
         calibrate: 'temperature' or 'isotonic', fitted on the runs' out-of-fold predictions; an exported model brings
             its own.
         aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
+        covariates: what the table says of the patient that a breast's probability takes into account, as
+            `open_ensemble` takes `names`; an exported model brings its own.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
         decode_on: where codestreams of `images` are decoded; see `ConvertSettings`.
@@ -139,14 +142,16 @@ def predict(
         raise InputError("--weights fitted needs the runs (--runs): exported models carry no out-of-fold predictions.")
     if len(models) > 1 and binary:
         raise InputError("--binary: no threshold was chosen for the mean of several exported models; use their runs.")
-    if models and (calibrate != "none" or aggregate != "run"):
-        raise InputError("--calibrate and --aggregate are chosen when a model is exported; leave them out here.")
+    if models and (calibrate != "none" or aggregate != "run" or covariates is not None):
+        raise InputError(
+            "--calibrate, --aggregate and --covariates are chosen when a model is exported; leave them out here."
+        )
     if models and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
     listed = tables.read_table(csv) if csv is not None else None
     if store is not None:
         opened = open_store(store)
-        ensemble = _open(folders, models, device, weights, calibrate, aggregate)
+        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates)
         require_same_conversion(ensemble, opened)
         asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
         kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
@@ -155,7 +160,7 @@ def predict(
         if not images.is_dir():
             raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
         files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = _open(folders, models, device, weights, calibrate, aggregate)
+        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
         settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decode_on})
@@ -190,9 +195,10 @@ def _open(
     weights: Weights,
     calibrate: Method,
     aggregate: Aggregate,
+    covariates: Sequence[str] | None,
 ) -> Ensemble:
     if not models:
-        return open_ensemble(folders, device, weights, calibrate, aggregate)
+        return open_ensemble(folders, device, weights, calibrate, aggregate, covariates)
     from training.export import open_exported
 
     assert not isinstance(weights, str)
@@ -233,12 +239,14 @@ def _run(
         if after and len(chunk.rows):
             after(chunk, by_run)
         failed += [(str(chunk.rows.at[row, "image_id"]), "damaged", why) for row, why in sorted(faults.items())]
-        facts: list[Any] = chunk.rows[["image_id", *FACTS]].to_dict("records")
+        facts: list[Any] = chunk.rows[["image_id", *FACTS, *COVARIATES]].to_dict("records")
         kept.add(Part(chunk.position, facts, by_run.tolist(), [list(each) for each in failed]))
     parts = kept.parts
     by_run = [row for part in parts for row in part.by_run]
+    known = pd.DataFrame([row for part in parts for row in part.facts], columns=["image_id", *FACTS, *COVARIATES])
+    types = dict.fromkeys(["image_id", *FACTS], str) | dict.fromkeys(COVARIATES, np.float64)
     return Results(
-        facts=pd.DataFrame([row for part in parts for row in part.facts], columns=["image_id", *FACTS], dtype=str),
+        facts=known.astype(types),
         by_run=np.array(by_run, np.float64).reshape(len(by_run), len(ensemble.names)),
         failed=[(image, reason, detail) for part in parts for image, reason, detail in part.failed],
     )

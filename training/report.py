@@ -71,7 +71,7 @@ def _describe(run: Run, full: bool) -> dict[str, Any]:
     }
     if full:
         frame = evaluate.out_of_fold(run) if judged else None
-        breasts = metrics.per_breast(frame, run.folds[0].config.train.aggregate) if frame is not None else None
+        breasts = _breasts(run, frame, result) if frame is not None and result is not None else None
         threshold = result["threshold"]["value"] if result is not None else float("nan")
         store = _store(run)
         described |= {
@@ -88,6 +88,12 @@ def _describe(run: Run, full: bool) -> dict[str, Any]:
             "cases": report_pictures.cases(run, store, frame) if store is not None and frame is not None else [],
         }
     return described
+
+
+def _breasts(run: Run, frame: pd.DataFrame, result: dict[str, Any]) -> pd.DataFrame:
+    """The breasts as `result`, what `evaluate` gave, judged them."""
+    breasts = metrics.per_breast(frame, run.folds[0].config.train.aggregate)
+    return evaluate.with_covariates(breasts, result.get("covariates") or ())
 
 
 def _metrics(run: Run) -> dict[str, Any]:
@@ -121,6 +127,11 @@ def _summary(run: Run, result: dict[str, Any] | None) -> str:
         " Given one breast with cancer and one without, it ranks the right one higher "
         f"{_percent(breast['auroc'])} of the time{interval}{unclear}."
     )
+    if (alone := result.get("pictures_alone")) and alone["auroc"] is not None:
+        text += (
+            f" That takes the patient's {' and '.join(result['covariates'])} into account; from the pictures alone it "
+            f"is {_percent(alone['auroc'])}."
+        )
     at = breast["at_threshold"]
     if at["sensitivity"] is not None and at["specificity"] is not None:
         text += (

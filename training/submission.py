@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from preprocessing import table as tables
 from preprocessing.manifest import Store
+from training.covariates import NAMES as COVARIATES
 from training.ensemble import Ensemble
 
 PROBLEM_COLUMNS = ("prediction_id", "image_id", "reason", "detail", "fallback")
@@ -21,7 +22,7 @@ class Results:
     """What the models and the files gave.
 
     Attributes:
-        facts: `image_id` and `FACTS` of each picture that could be read.
+        facts: `image_id`, `FACTS` and `COVARIATES` of each picture that could be read.
         by_run: its probabilities, float64 [pictures, runs].
         failed: (image_id, reason, detail) of those without prediction; a picture may be in both, and then has none.
     """
@@ -55,14 +56,16 @@ def asked_by_table(listed: pd.DataFrame) -> pd.DataFrame:
     ]
     facts = {name: [tables.text(row, name) for row in rows] for name in FACTS}
     facts["laterality"] = [tables.laterality(row) for row in rows]
-    return pd.DataFrame({"image_id": [row["image_id"] for row in rows], **facts}, dtype=str)
+    asked = pd.DataFrame({"image_id": [row["image_id"] for row in rows], **facts}, dtype=str)
+    return asked.assign(**{name: [tables.number(row, name) for row in rows] for name in COVARIATES})
 
 
 def asked_by_store(store: Store) -> pd.DataFrame:
     """Each picture of a store, then those that it rejected, of which only the patient is known."""
     rejected = store.rejected[["image_id", "patient_id"]]
-    asked = pd.concat([store.manifest[["image_id", *FACTS]], rejected], ignore_index=True)
-    return asked.fillna("").astype(str)
+    asked = pd.concat([store.manifest[["image_id", *FACTS, *COVARIATES]], rejected], ignore_index=True)
+    texts = ["image_id", *FACTS]
+    return asked.assign(**{name: asked[name].fillna("").astype(str) for name in texts})
 
 
 def judge(asked: pd.DataFrame, results: Results, from_store: bool) -> pd.DataFrame:
@@ -72,11 +75,13 @@ def judge(asked: pd.DataFrame, results: Results, from_store: bool) -> pd.DataFra
     rows = {image: row for row, image in enumerate(results.facts["image_id"]) if image not in failed}
     absent = ("absent", "the store has no such picture" if from_store else "never came back from decoding")
     why = [("", "") if image in rows else failed.get(image, absent) for image in asked["image_id"]]
-    known = results.facts.drop_duplicates("image_id").set_index("image_id").reindex(asked["image_id"]).fillna("")
+    known = results.facts.drop_duplicates("image_id").set_index("image_id").reindex(asked["image_id"])
     judged = asked.assign(row=[rows.get(image, -1) for image in asked["image_id"]])
     judged[["reason", "detail"]] = pd.DataFrame(why, index=judged.index, columns=["reason", "detail"], dtype=str)
     for name in ("patient_id", "laterality", "view"):
-        judged[name] = judged[name].where(judged[name] != "", known[name].to_numpy())
+        judged[name] = judged[name].where(judged[name] != "", known[name].fillna("").to_numpy())
+    for name in COVARIATES:
+        judged[name] = judged[name].fillna(pd.Series(known[name].to_numpy(np.float64), judged.index))
     made = judged["patient_id"] + "_" + judged["laterality"]
     judged["sure"] = (judged["prediction_id"] != "") | ((judged["patient_id"] != "") & (judged["laterality"] != ""))
     judged["prediction_id"] = judged["prediction_id"].where(judged["prediction_id"] != "", made)

@@ -15,7 +15,7 @@ import torch
 from preprocessing.convert import convert
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.synth import synthesize
-from tests.training.test_predict import SETTINGS, make_run
+from tests.training.test_predict import SETTINGS, make_run, spread_ages
 from training import runs
 from training.ensemble import open_ensemble
 from training.export import OnnxModel, export, open_exported
@@ -151,21 +151,27 @@ def test_the_calibration_goes_with_the_model_and_changes_the_submission(
         predict([], tmp_path / "s.csv", model=exported, store=data / "store", calibrate="isotonic")
 
 
-def test_several_models_are_averaged_each_with_its_own_calibration(
+def test_several_models_are_averaged_each_with_its_own_calibration_and_covariates(
     run: Path, exported: Path, data: Path, tmp_path: Path
 ):
-    other = make_run(tmp_path / "other", "pipeline.height=96", folds=1, seed=7)
-    export(other, tmp_path / "export", "temperature", "max")
+    other = spread_ages(make_run(tmp_path / "other", "pipeline.height=96", folds=1, seed=7))
+    export(other, tmp_path / "export", "temperature", "max", ["age"])
     both = [exported, tmp_path / "export" / "model.onnx"]
     alone = []
     for model in both:
         predict([], tmp_path / "s.csv", model=model, store=data / "store", device="cpu")
         alone.append(pd.read_csv(tmp_path / "s.csv"))
+    fitted = {"calibrate": "temperature", "aggregate": "max"}
+    for names, same in ((["age"], True), ([], False)):
+        predict([other], tmp_path / "s.csv", covariates=names, store=data / "store", device="cpu", **fitted)
+        by_run = pd.read_csv(tmp_path / "s.csv")
+        assert np.allclose(by_run["cancer"], alone[1]["cancer"], atol=1e-5) == same
     predict([], tmp_path / "s.csv", model=both, weights=[1, 3], store=data / "store", device="cpu")
     found = pd.read_csv(tmp_path / "s.csv")
     np.testing.assert_allclose(found["cancer"], 0.25 * alone[0]["cancer"] + 0.75 * alone[1]["cancer"], atol=1e-6)
     settings = json.loads((tmp_path / "predictions_settings.json").read_text())
     assert [each["method"] for each in settings["own_calibrations"]] == ["none", "temperature"]
+    assert [each["names"] for each in settings["covariates"]] == [[], ["age"]]
     assert settings["threshold"] is None
     for wrong, message in (({"binary": True}, "--binary"), ({"weights": "fitted"}, "--weights fitted")):
         with pytest.raises(InputError, match=message):

@@ -142,7 +142,7 @@ def test_noisy_or_survives_a_prediction_of_one():
 
 
 def test_patients_take_their_worse_breast():
-    patients = metrics.per_patient(_pictures(), "mean")
+    patients = metrics.per_patient(metrics.per_breast(_pictures(), "mean"))
     assert patients["patient_id"].tolist() == ["1", "2"]
     np.testing.assert_allclose(patients["prediction"], [0.4, 0.6])
     np.testing.assert_array_equal(patients["cancer"], [1, np.nan])

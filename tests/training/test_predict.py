@@ -69,6 +69,15 @@ def make_run(root: Path, *overrides: str, folds: int = 2, settings: ConvertSetti
     return root
 
 
+def spread_ages(run: Path) -> Path:
+    """The run with ages that differ: patients with cancer are older."""
+    for fold in runs.open_run(run).folds:
+        table = fold.validation
+        table["age"] = 50 + np.arange(len(table)) // 2 + 10 * table["cancer"]
+        runs.write_table(fold.folder / runs.VALIDATION, table)
+    return run
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty pictures or so of seven patients, in every encoding that synth has, and their store."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from preprocessing.errors import RunError
-from training import figures, report, report_pictures, runs
+from training import evaluate, figures, report, report_pictures, runs
 from training import report_sections as sections
 from training.config import dump, load_config
 
@@ -104,6 +104,18 @@ def test_every_figure_and_picture_has_a_name(page):
 def test_summary_says_what_was_judged(page):
     assert re.search(r"Judged on 160 breasts that its models had not seen, \d+ of them with cancer", page.text)
     assert "All is well." in page.text
+
+
+def test_age_taken_into_account_is_said_with_what_the_pictures_alone_give(tmp_path):
+    run = make_run(tmp_path / "run")
+    plain = Page(report.write_report([run]))
+    found = evaluate.evaluate(run, resamples=20, names=["age"])
+    page = Page(report.write_report([run]))
+    alone = f"{100 * found['pictures_alone']['auroc']:.0f} %"
+    assert f"takes the patient&#39;s age into account; from the pictures alone it is {alone}." in page.text
+    assert "into account" not in plain.text
+    breasts = report._breasts(runs.open_run(run), evaluate.out_of_fold(runs.open_run(run)), found)
+    assert roc_auc_score(breasts["cancer"], breasts["prediction"]) == pytest.approx(found["breast"]["auroc"])
 
 
 def test_figures_take_the_colour_of_the_page(page):

@@ -366,6 +366,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None
 @_calibrate
 @_aggregate
 @_covariates
+@click.option("--batch-size", type=click.IntRange(1), default=None, help="Pictures a batch.  [default: the runs' own]")
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
 @_decode_on
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
@@ -386,6 +387,7 @@ def predict(
     calibrate: Any,
     aggregate: Any,
     covariates: str | None,
+    batch_size: int | None,
     explain: Path | None,
     decode_on: Any,
     workers: int,
@@ -419,6 +421,7 @@ def predict(
             calibrate=calibrate,
             aggregate=aggregate,
             covariates=parse_names(covariates),
+            batch_size=batch_size,
             explain=explain,
             workers=workers,
             decode_on=decode_on,

@@ -36,7 +36,7 @@ from training.config import Config, MonitorSettings, load_config
 from training.console import Console
 from training.device import pick_device
 from training.distributed import World
-from training.failures import failure_advice
+from training.failures import training_advice
 from training.loop import Batch, Parts, Position, train_epoch
 from training.monitor import TrainingMonitor
 
@@ -199,7 +199,7 @@ def main(
         opened = open_store(store) if store else make_store(Path(folder), 12, max(512, *map(int, _split(sizes))))
         for case in cases:
             config = case.config(batch_size, "auto" if device in ("auto", "gpu") else device, more)
-            with failure_advice(config):
+            with training_advice(config):
                 rows.append(measure(opened, case, config, steps, repeats))
         console.table("Training speed", [_shown(row) for row in rows])
         if stages:

@@ -125,9 +125,19 @@ class Ensemble:
         return math.lcm(*(group.loader.val_batch_size for group in self.groups))
 
     @property
+    def largest_batch(self) -> int:
+        """Pictures in a batch of the group that takes most at once."""
+        return max(group.loader.val_batch_size for group in self.groups)
+
+    @property
     def longest_side(self) -> int:
         """The longest side of any group's tensors, in pixels."""
         return max(max(group.pipeline.height, group.pipeline.width) for group in self.groups)
+
+    def in_batches(self, size: int) -> Ensemble:
+        """The same ensemble with so many pictures a batch, instead of as many as its runs were validated with."""
+        groups = (replace(each, loader=each.loader.model_copy(update={"val_batch_size": size})) for each in self.groups)
+        return replace(self, groups=tuple(groups))
 
     def predict(
         self,

@@ -16,27 +16,65 @@ _GPU_SIGNS = ("CUDA error", "CUDA runtime API error", "CUDA driver API error", "
 
 
 @contextmanager
-def failure_advice(config: Config) -> Iterator[None]:
+def training_advice(config: Config) -> Iterator[None]:
     """Turn running out of memory, a GPU that fails and a model that does not compile into a `RunError` that says what
     to do."""
+    after = "and run the same command with --resume. The last checkpoint is sound."
+    try:
+        with _told(_lower_training(config), after):
+            yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise RunError(
+                f"model.compile = true: torch could not compile {config.model.backbone} here ({_first(str(error))}); "
+                "mend its compiler (--traceback shows what it said), or set model.compile=false."
+            ) from error
+        raise
+
+
+@contextmanager
+def prediction_advice(batch: int, side: int) -> Iterator[None]:
+    """The same for a prediction in batches of so many pictures, of `side` pixels at most."""
+    lower = (
+        f"Out of memory with batches of {batch} pictures of up to {side} pixels; no submission was written. Run the "
+        f"same command with --batch-size {batch // 2}."
+        if batch > 1
+        else f"Out of memory with one picture of up to {side} pixels at a time; no submission was written. Predict "
+        "with fewer runs at once, or with --device cpu."
+    )
+    after = (
+        "and run the same command again, or with --device cpu. No submission was written; from --images the same "
+        "command goes on where its last chunk ended."
+    )
+    with _told(lower, after):
+        yield
+
+
+@contextmanager
+def loading_advice() -> Iterator[None]:
+    """The same while the models that predict are loaded."""
+    lower = (
+        "Out of memory while the models were loaded. See with nvidia-smi what else holds the GPU, or run the same "
+        "command with --device cpu."
+    )
+    with _told(lower, "and run the same command again, or with --device cpu."):
+        yield
+
+
+@contextmanager
+def _told(out_of_memory: str, after_the_gpu: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(_advice(config)) from error
+        raise RunError(out_of_memory) from error
     except RuntimeError as error:
         text = str(error)
         if any(sign in text for sign in _MEMORY_SIGNS):
-            raise RunError(_advice(config)) from error
+            raise RunError(out_of_memory) from error
         if any(sign in text for sign in _GPU_SIGNS):
             raise RunError(
-                f"The GPU failed ({_first(text)}). The last checkpoint is sound: see what nvidia-smi and the kernel's "
-                "log (dmesg, lines with Xid) say, restart what holds the GPU or the machine, and run the same command "
-                "with --resume."
-            ) from error
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise RunError(
-                f"model.compile = true: torch could not compile {config.model.backbone} here ({_first(text)}); mend "
-                "its compiler (--traceback shows what it said), or set model.compile=false."
+                f"The GPU failed ({_first(text)}). See what nvidia-smi and the kernel's log (dmesg, lines with Xid) "
+                f"say, restart what holds the GPU or the machine, {after_the_gpu}"
             ) from error
         raise
 
@@ -45,7 +83,7 @@ def _first(text: str) -> str:
     return text.strip().splitlines()[0][:200]
 
 
-def _advice(config: Config) -> str:
+def _lower_training(config: Config) -> str:
     batch = config.data.loader.batch_size
     pixels = f"{config.pipeline.height} x {config.pipeline.width}"
     smaller = f"data.loader.batch_size={max(1, batch // 2)} train.accumulate={2 * config.train.accumulate}"

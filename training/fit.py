@@ -18,7 +18,7 @@ from training.batch_size import find_batch_size
 from training.config import Config, DataSettings
 from training.device import held_by_others, pick_device
 from training.distributed import World, world
-from training.failures import failure_advice
+from training.failures import training_advice
 from training.session import FitSummary, Session
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def fit(
     store = store if isinstance(store, Store) else open_store(store)
     folder = Path(out) / f"fold{fold}"
     device = pick_device(config.train.device)
-    with world(device) as place, failure_advice(config):
+    with world(device) as place, training_advice(config):
         if not place.is_main:  # what every process would say, the first one says
             for package in ("training", "dali_pipes"):
                 logging.getLogger(package).setLevel(logging.WARNING)

@@ -36,6 +36,7 @@ from training.ensemble import (
     open_ensemble,
     require_same_conversion,
 )
+from training.failures import loading_advice, prediction_advice
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
 from training.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
@@ -88,6 +89,7 @@ def predict(
     calibrate: Method = "none",
     aggregate: Aggregate = "run",
     covariates: Sequence[str] | None = None,
+    batch_size: int | None = None,
     workers: int = 0,
     decode_on: DecodeOn = "cpu",
     explain: Path | None = None,
@@ -118,6 +120,7 @@ def predict(
         aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
         covariates: what the table says of the patient that a breast's probability takes into account, as
             `open_ensemble` takes `names`; an exported model brings its own.
+        batch_size: pictures a batch, where those of the runs' validation do not fit here.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
         decode_on: where codestreams of `images` are decoded; see `ConvertSettings`.
@@ -130,7 +133,7 @@ def predict(
     Raises:
         InputError: neither or both of `store` and `images`, runs and a model at once, `explain` of a model, or a table
             that does not hold what it must.
-        RunError: a run is missing, unfinished or damaged.
+        RunError: a run is missing, unfinished or damaged, or memory ran out or the GPU failed.
         StoreError: no store, or one that was converted otherwise than the runs' own.
     """
     if (store is None) == (images is None):
@@ -151,7 +154,7 @@ def predict(
     listed = tables.read_table(csv) if csv is not None else None
     if store is not None:
         opened = open_store(store)
-        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates)
+        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
         require_same_conversion(ensemble, opened)
         asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
         kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
@@ -160,7 +163,7 @@ def predict(
         if not images.is_dir():
             raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
         files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates)
+        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
         asked = asked_by_table(files)
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
         settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decode_on})
@@ -169,7 +172,8 @@ def predict(
     after = None
     if explain is not None:
         after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
-    with chunks as taken:
+    advice = prediction_advice(ensemble.largest_batch, ensemble.longest_side)
+    with advice, chunks as taken:
         results = _run(ensemble, taken, kept, len(asked), (tta, all_windows), progress, after, monitor or Untimed())
     written = compose(ensemble, judge(asked, results, store is not None), results, binary)
     runs.write_table(out.parent / IMAGES, written.pictures)
@@ -196,17 +200,20 @@ def _open(
     calibrate: Method,
     aggregate: Aggregate,
     covariates: Sequence[str] | None,
+    batch_size: int | None,
 ) -> Ensemble:
-    if not models:
-        return open_ensemble(folders, device, weights, calibrate, aggregate, covariates)
-    from training.export import open_exported
+    with loading_advice():
+        if not models:
+            ensemble = open_ensemble(folders, device, weights, calibrate, aggregate, covariates)
+        else:
+            from training.export import open_exported
 
-    assert not isinstance(weights, str)
-    opened = [open_exported(model, device) for model in models]
-    if len(opened) == 1:
-        given_weights(weights, 1)
-        return opened[0]
-    return average(opened, weights)
+            assert not isinstance(weights, str)
+            opened = [open_exported(model, device) for model in models]
+            if len(opened) == 1:
+                given_weights(weights, 1)
+            ensemble = average(opened, weights) if len(opened) > 1 else opened[0]
+    return ensemble.in_batches(batch_size) if batch_size else ensemble
 
 
 def _run(

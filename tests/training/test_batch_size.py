@@ -13,7 +13,6 @@ from training import batch_size, fit, runs
 from training.analysis import analyse, as_rows
 from training.config import ModelSettings
 from training.device import held_by_others
-from training.failures import failure_advice
 from training.model import build_model
 
 CPU = torch.device("cpu")
@@ -53,61 +52,12 @@ def test_where_nothing_fits_it_says_what_to_lower(monkeypatch):
         batch_size.find_batch_size(fakes.small_config(), CPU, samples=100)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to"),
-        RuntimeError("Critical error in pipeline: CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory"),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_says_what_to_lower(error):
-    with (
-        pytest.raises(RunError, match=r"batch_size=2 train\.accumulate=2.*gradient_checkpointing=true"),
-        failure_advice(fakes.small_config()),
-    ):
-        raise error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be", 719),
-        RuntimeError("Critical error in pipeline: CUDA runtime API error cudaErrorIllegalAddress (700)"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
-    ],
-)
-def test_a_gpu_that_fails_says_how_to_go_on(error):
-    with (
-        pytest.raises(RunError, match=r"The GPU failed \(.*\)\. The last checkpoint is sound.*--resume"),
-        failure_advice(fakes.small_config()),
-    ):
-        raise error
-
-
 @pytest.mark.parametrize(("free", "own", "held"), [(65, 0, 15), (79.5, 0, 0), (65, 5, 0)])
 def test_who_else_has_the_gpu_is_told_before_this_process_uses_it(monkeypatch, free, own, held):
     """A simulated GPU of 80 GiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own * 2**30)
     assert held_by_others(torch.device("cuda", 0)) == held * 2**30
-
-
-def test_a_model_that_does_not_compile_says_what_to_set():
-    class InductorError(RuntimeError):
-        __module__ = "torch._inductor.exc"
-
-    with (
-        pytest.raises(RunError, match=r"could not compile resnet10t .*C\+\+ compile error.*model\.compile=false"),
-        failure_advice(fakes.small_config("model.compile=true")),
-    ):
-        raise InductorError("CppCompileError: C++ compile error\nmany lines")
-
-
-def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shapes"), failure_advice(fakes.small_config()):
-        raise RuntimeError("shapes do not fit")
 
 
 def test_the_size_found_is_kept_with_the_run_and_for_its_resumption(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
 from training import intake, runs
 from training.config import Config, load_config
-from training.ensemble import Ensemble, open_ensemble
+from training.ensemble import Ensemble, Member, open_ensemble
 from training.fit import fit
 from training.model import build_model
 from training.partial import Part, Partial
@@ -525,3 +525,26 @@ def test_what_is_written_can_be_told_apart_from_what_was_there(data: Path, run: 
     predict([run], out, store=data / "store", device="cpu")
     assert hashlib.sha256(out.read_bytes()).hexdigest() != hashlib.sha256(b"old\n").hexdigest()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_batches_that_do_not_fit_are_told_of_and_smaller_ones_give_the_same(
+    data: Path, run: Path, through_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A simulated device that holds two pictures at a time."""
+    own = Ensemble.probabilities
+
+    def limited(self: Ensemble, member: Member, image: torch.Tensor, tta: bool = False) -> torch.Tensor:
+        if len(image) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(self, member, image, tta)
+
+    monkeypatch.setattr(Ensemble, "probabilities", limited)
+    out = tmp_path / "submission.csv"
+    arguments = {"store": data / "store", "csv": data / "test.csv", "device": "cpu"}
+    with pytest.raises(RunError, match=r"Out of memory with batches of \d+ pictures.*--batch-size"):
+        predict([run], out, **arguments)
+    assert not list(tmp_path.iterdir())
+    predict([run], out, batch_size=2, **arguments)
+    found, wanted = pd.read_csv(out), pd.read_csv(through_store)
+    assert found["prediction_id"].tolist() == wanted["prediction_id"].tolist()
+    np.testing.assert_allclose(found["cancer"], wanted["cancer"], atol=1e-5)

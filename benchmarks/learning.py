@@ -3,6 +3,7 @@
     python benchmarks/learning.py --store STORE [--config rsna-subset] [--fold 0]... [--minutes 45] [--json FILE]
     python benchmarks/learning.py --synthetic 60 --config small-cpu --fold 0     easy data, made on the spot
     python benchmarks/learning.py --store STORE --shuffle-labels                  must come out near 0.5: no leak
+    python benchmarks/learning.py --store STORE --out RUN --judge                 a run that was trained before
 
 The epochs are as many as fit the budget, by a short trial first, and at most those of the configuration.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
+import pandas as pd
 
 from preprocessing.convert import convert
 from preprocessing.manifest import Store, open_store
@@ -25,6 +27,8 @@ from preprocessing.synth import synthesize
 from training import evaluate, fit, metrics, runs
 from training.config import Config, load_config
 from training.console import Console
+from training.covariates import parse_names
+from training.ensemble import open_ensemble
 from training.folds import read_or_make_folds
 
 TRIAL_STEPS = 8
@@ -58,13 +62,26 @@ def shuffled(store: Store, folder: Path, seed: int = 0) -> Store:
     return open_store(folder)
 
 
-def judge(out: Path, seconds: dict[int, float]) -> dict[str, Any]:
+def mirrored(run: runs.Run, store: Store) -> pd.DataFrame:
+    """The out-of-fold predictions as `predict --tta` makes them: each fold's own pictures by its own model again,
+    averaged with those of their mirror images."""
+    parts = []
+    for fold in run.folds:
+        ensemble = open_ensemble([fold.folder])
+        held_out = fold.validation.set_index("image_id")
+        rows = store.manifest[store.manifest["image_id"].isin(held_out.index)].reset_index(drop=True)
+        predictions, _ = ensemble.predict(store, rows, tta=True)
+        parts.append(held_out.loc[rows["image_id"]].assign(prediction=predictions[:, 0]).reset_index())
+    return pd.concat(parts, ignore_index=True)
+
+
+def judge(
+    run: runs.Run, frame: pd.DataFrame, seconds: dict[int, float], names: tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Figures of the run: by fold with its own interval, over all folds, and by machine."""
-    result = evaluate.evaluate(out)
-    frame = evaluate.out_of_fold(runs.open_run(out))
+    result, judged = evaluate.judge(run, frame, names=names)
     rows: list[dict[str, Any]] = []
-    judged = evaluate.with_covariates(metrics.per_breast(frame, result["aggregate"]), result["covariates"])
-    for fold in runs.open_run(out).folds:
+    for fold in run.folds:
         breasts = judged[judged["fold"] == fold.fold]
         alone = breasts["pictures" if "pictures" in breasts else "prediction"]
         figures = metrics.summarise(breasts["cancer"], breasts["prediction"])
@@ -77,7 +94,7 @@ def judge(out: Path, seconds: dict[int, float]) -> dict[str, Any]:
                 "last_epoch_auroc": fold.records("epoch")[-1]["auroc"],  # not chosen by its own value
                 "breasts": figures["count"],
                 "positives": figures["positives"],
-                "minutes": seconds[fold.fold] / 60,
+                "minutes": seconds.get(fold.fold, float("nan")) / 60,
             }
         )
     machines = [part for part in result["subgroups"] if part["group"] == "machine_id"]
@@ -105,6 +122,9 @@ def judge(out: Path, seconds: dict[int, float]) -> dict[str, Any]:
 @click.option("--minutes", type=float, default=45.0, show_default=True, help="Budget of a fold.")
 @click.option("--shuffle-labels", is_flag=True, help="Deal the labels out anew over the patients first.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Keep the run there.")
+@click.option("--judge", "only_judge", is_flag=True, help="Train nothing: judge the run that is in --out already.")
+@click.option("--tta", is_flag=True, help="Judge what `predict --tta` gives: mirror images averaged in.")
+@click.option("--covariates", default=None, metavar="age,...|none", help="As in `evaluate`.")
 @click.option("--json", "result_file", type=click.Path(path_type=Path), default=None, help="Write the figures there.")
 def main(
     store: Path | None,
@@ -115,9 +135,14 @@ def main(
     minutes: float,
     shuffle_labels: bool,
     out: Path | None,
+    only_judge: bool,
+    tta: bool,
+    covariates: str | None,
     result_file: Path | None,
 ) -> None:
     """Train and print."""
+    if only_judge and out is None:
+        raise click.UsageError("--judge needs the run's folder: give --out")
     config = load_config(source, overrides)
     with tempfile.TemporaryDirectory() as temporary, Console(directory=out) as console:
         scratch = Path(temporary)
@@ -125,15 +150,21 @@ def main(
         if shuffle_labels:
             opened = shuffled(opened, scratch / "shuffled")
         numbers = folds or tuple(sorted(int(f) for f in read_or_make_folds(opened, config.data)["fold"].unique()))
-        epochs = epochs_that_fit(config, opened, numbers[0], minutes, scratch / "trial")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
-        console.print(f"{epochs} epochs fit into {minutes:g} minutes a fold.")
+        folder = out or scratch / "run"
         seconds = {}
-        for fold in numbers:
-            begun = time.monotonic()
-            console.print(str(fit.fit(config, opened, fold, out or scratch / "run", console=console)))
-            seconds[fold] = time.monotonic() - begun
-        found = {"config": source, "epochs": epochs, "minutes": minutes, **judge(out or scratch / "run", seconds)}
+        if not only_judge:
+            epochs = epochs_that_fit(config, opened, numbers[0], minutes, scratch / "trial")
+            console.print(f"{epochs} epochs fit into {minutes:g} minutes a fold.")
+            seconds = _train(config, epochs, opened, numbers, folder, console)
+        run = runs.open_run(folder)
+        frame = mirrored(run, opened) if tta else evaluate.out_of_fold(run)
+        found = {
+            "config": source,
+            "epochs": run.folds[0].config.train.epochs,
+            "minutes": minutes,
+            "tta": tta,
+            **judge(run, frame, seconds, parse_names(covariates)),
+        }
         console.table("AUROC per breast, by fold", [_shown(row) for row in found["folds"]])
         console.table("AUROC per breast, by machine", [_machine(row) for row in found["machines"]])
         low, high = found["pooled_interval"] or (float("nan"), float("nan"))
@@ -144,6 +175,19 @@ def main(
             click.echo(f"With {', '.join(found['covariates'])}; from pictures alone the mean of folds is {alone:.4f}")
     if result_file:
         runs.write_json(result_file, found)
+
+
+def _train(
+    config: Config, epochs: int, store: Store, numbers: tuple[int, ...], folder: Path, console: Console
+) -> dict[int, float]:
+    """Seconds that each fold took."""
+    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
+    seconds = {}
+    for fold in numbers:
+        begun = time.monotonic()
+        console.print(str(fit.fit(config, store, fold, folder, console=console)))
+        seconds[fold] = time.monotonic() - begun
+    return seconds
 
 
 def _store(store: Path | None, synthetic: int | None, config: Config, scratch: Path) -> Store:

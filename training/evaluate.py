@@ -33,29 +33,52 @@ def evaluate(
         names: of the covariates that a breast's probability takes into account; None for the run's own.
 
     Returns:
-        What metrics.json holds: `folds` (a dict each: fold, finished, breast); `picture`, `breast` and `patient`, each
+        What metrics.json holds, and `judge` gives.
+
+    Raises:
+        RunError: no predictions there, the store is another, or the covariates cannot be fitted.
+    """
+    opened = runs.open_run(run)
+    _check_store(opened, store)
+    result, breasts = judge(opened, out_of_fold(opened), resamples, names)
+    runs.write_json(opened.root / runs.METRICS, result)
+    runs.write_table(opened.root / "metrics.csv", as_table(result))
+    runs.write_table(opened.root / "out_of_fold.csv", breasts)
+    return result
+
+
+def judge(
+    run: Run, frame: pd.DataFrame, resamples: int = 1000, names: Sequence[str] | None = None
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Every figure of a run's predictions.
+
+    Args:
+        run: where its settings, and what was trained on, are recorded.
+        frame: a row a picture, as `out_of_fold` gives it.
+        resamples, names: as in `evaluate`.
+
+    Returns:
+        The breasts, what `with_covariates` gives; and, before them, a dict as JSON can hold it (no NaN but None):
+        `folds` (a dict each: fold, finished, breast); `picture`, `breast` and `patient`, each
         what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the ranking figures per
         breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups` gives; `unseen`, what
         `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts' `auroc` and its
         `mean_of_folds` without them, or None where there are none; `warnings`, sentences.
 
     Raises:
-        RunError: no predictions there, the store is another, or the covariates cannot be fitted.
+        RunError: the covariates cannot be fitted.
     """
-    opened = runs.open_run(run)
-    frame = out_of_fold(opened)
-    _check_store(opened, store)
-    aggregate = opened.folds[0].config.train.aggregate
-    taken = opened.folds[0].config.train.covariates if names is None else names
+    settings = run.folds[0].config.train
+    aggregate, taken = settings.aggregate, settings.covariates if names is None else names
     alone = metrics.per_breast(frame, aggregate)
     breasts = with_covariates(alone, taken)
     patients = metrics.per_patient(breasts)
     threshold = choose_threshold(breasts, resamples)
     value = threshold["value"]
     result = {
-        "run": str(opened.root),
+        "run": str(run.root),
         "aggregate": aggregate,
-        "folds": [_fold(fold, breasts, value) for fold in opened.folds],
+        "folds": [_fold(fold, breasts, value) for fold in run.folds],
         "picture": metrics.summarise(frame["cancer"], frame["prediction"], value),
         "breast": _with_intervals(breasts, value, resamples),
         "mean_of_folds": _mean_of_folds(breasts),
@@ -65,16 +88,12 @@ def evaluate(
             *metrics.subgroups(breasts, BREAST_GROUPS, value),
             *metrics.subgroups(frame, PICTURE_GROUPS, value),
         ],
-        "unseen": unseen(opened, frame, breasts, value),
+        "unseen": unseen(run, frame, breasts, value),
         "covariates": list(taken),
         "pictures_alone": _pictures_alone(alone) if taken else None,
     }
-    result["warnings"] = _warnings(opened, result)
-    result = runs.plain(result)
-    runs.write_json(opened.root / runs.METRICS, result)
-    runs.write_table(opened.root / "metrics.csv", as_table(result))
-    runs.write_table(opened.root / "out_of_fold.csv", breasts)
-    return result
+    result["warnings"] = _warnings(run, result)
+    return runs.plain(result), breasts
 
 
 def out_of_fold(run: Run) -> pd.DataFrame:

@@ -11,12 +11,11 @@ the pictures are synthetic, 3328 by 2560, 12 bits. Without a GPU the host's colu
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -28,6 +27,7 @@ import imagecodecs
 import numpy as np
 import torch
 from crop_quality import breasts
+from kept import Figures
 from numpy.typing import NDArray
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
@@ -127,9 +127,9 @@ def equal(found: Sequence[Any], expected: Pictures) -> bool:
     return len(found) == len(expected) and all(map(np.array_equal, found, expected))
 
 
-def tile_rows(pictures: Pictures, device: str, cores: int, seconds: float, turns: int) -> list[dict[str, Any]]:
+def tile_rows(pictures: Pictures, device: str, cores: int, seconds: float, turns: int) -> Iterator[dict[str, Any]]:
     """Each codec at each level."""
-    rows, place = [], "mixed" if device == "gpu" else "cpu"
+    place = "mixed" if device == "gpu" else "cpu"
     with ThreadPoolExecutor(cores) as pool:
         for level in LEVELS:
             made = [build_levels(picture, (level,))[level] for picture in pictures]
@@ -146,8 +146,7 @@ def tile_rows(pictures: Pictures, device: str, cores: int, seconds: float, turns
                 row |= attempt_dali(files, expected, None, place, cores, seconds, turns, "dali")
                 if level == "full":
                     row |= attempt_dali(files, cut, region, place, cores, seconds, turns, "dali_region")
-                rows.append(row)
-    return rows
+                yield row
 
 
 def attempt_dali(
@@ -198,9 +197,8 @@ def gpu_count(files: Sequence[bytes]) -> int:
     return sum(gpu_decode.decode(data, inspect(data)) is not None for data in files)
 
 
-def source_rows(pictures: Pictures, device: str, cores: int, turns: int) -> list[dict[str, Any]]:
+def source_rows(pictures: Pictures, device: str, cores: int, turns: int) -> Iterator[dict[str, Any]]:
     """Each codestream, on the host's cores and on the GPU."""
-    rows = []
     context = get_context("forkserver")
     for name, files in codestreams(pictures).items():
         row: dict[str, Any] = {"codestream": name}
@@ -219,8 +217,7 @@ def source_rows(pictures: Pictures, device: str, cores: int, turns: int) -> list
                 ) as pool,
             ):
                 row["gpu_served_images_per_s"] = attempt(partial(across, pool, gpu_count, files, cores, turns))
-        rows.append(row)
-    return rows
+        yield row
 
 
 def across(
@@ -288,20 +285,23 @@ def main(device: str, pictures: int, repeats: int, seconds: float, target: Path 
     if device == "gpu" and not torch.cuda.is_available():
         raise click.ClickException("--device gpu: torch sees no GPU here.")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the one inside DALI warns of each codestream without colours
-    console, cores = Console(), len(os.sched_getaffinity(0))
+    console, cores, kept = Console(), len(os.sched_getaffinity(0)), Figures(target)
     drawn = draw(pictures)
-    found = {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": cores,
-            "gpu": torch.cuda.get_device_name() if device == "gpu" else None,
-        },
-        "sources": source_rows(drawn, device, cores, repeats),
-        "tiles": tile_rows(drawn, device, cores, seconds, repeats),
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": cores,
+        "gpu": torch.cuda.get_device_name() if device == "gpu" else None,
     }
+    found: dict[str, Any] = {"machine": machine, "sources": [], "tiles": []}
+    for name, rows in (
+        ("sources", source_rows(drawn, device, cores, repeats)),
+        ("tiles", tile_rows(drawn, device, cores, seconds, repeats)),
+    ):
+        for row in rows:
+            found[name].append(row)
+            kept.so_far(**found)
+    kept.final(found)
     show(found, console)
-    if target:
-        target.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ them and on the GPU.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import sys
@@ -20,7 +19,7 @@ import time
 import uuid
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import imagecodecs
 import numpy as np
 import pandas as pd
 import pydicom
+from kept import Figures
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.encaps import generate_frames
@@ -236,9 +236,8 @@ def scaling(pictures: list[Picture], work: Path, copies: int) -> dict[str, Any]:
     return {"cores": cores, "pictures_per_s": rates, "efficiency": round(rates[cores] / rates[1] / cores, 2)}
 
 
-def on_gpu(pictures: list[Picture], work: Path, copies: int, repeats: int) -> list[dict[str, Any]]:
+def on_gpu(pictures: list[Picture], work: Path, copies: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Pictures a second of the whole `convert` on all cores, decoding on them and on the GPU, by transfer syntax."""
-    rows = []
     for syntax in ON_GPU:
         lines = [
             {"patient_id": "p", "image_id": f"{picture.path.stem}-{copy}", "file": picture.path.name}
@@ -260,11 +259,12 @@ def on_gpu(pictures: list[Picture], work: Path, copies: int, repeats: int) -> li
                 if place == "gpu":
                     decoders |= set(open_store(out).manifest["decoder"])
         middle = {place: statistics.median(found) for place, found in rates.items()}
-        rows.append(
-            {"syntax": syntax, "pictures_per_s": middle, "gpu / cpu": middle["gpu"] / middle["cpu"]}
-            | {"decoders": sorted(decoders)}
-        )
-    return rows
+        yield {
+            "syntax": syntax,
+            "pictures_per_s": middle,
+            "gpu / cpu": middle["gpu"] / middle["cpu"],
+            "decoders": sorted(decoders),
+        }
 
 
 @click.command()
@@ -275,7 +275,8 @@ def on_gpu(pictures: list[Picture], work: Path, copies: int, repeats: int) -> li
 def main(device: str, pictures: int, repeats: int, out: Path | None) -> None:
     """Measure conversion by transfer syntax and stage, beside bare codecs and a plain script."""
     cv2.setNumThreads(1)
-    screen = Console(width=None if sys.stdout.isatty() else 140)
+    screen, kept = Console(width=None if sys.stdout.isatty() else 140), Figures(out)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}
     with tempfile.TemporaryDirectory(prefix="convert-speed-") as folder:
         images, work = Path(folder) / "images", Path(folder) / "work"
         images.mkdir()
@@ -283,17 +284,17 @@ def main(device: str, pictures: int, repeats: int, out: Path | None) -> None:
         with screen.status("Drawing full-size pictures ..."):
             drawn = draw(images, pictures)
         if device == "gpu":
-            found = on_gpu(drawn, work, copies=32, repeats=repeats)
-            for row in found:
+            found = []
+            for row in on_gpu(drawn, work, copies=32, repeats=repeats):
+                found.append(row)
+                kept.so_far(rows=found)
                 rates = row["pictures_per_s"]
                 screen.print(
                     f"convert, {row['syntax']}: {rates['gpu']:.1f} pictures/s with the GPU, {rates['cpu']:.1f} "
                     f"without; decoded by {', '.join(row['decoders'])}"
                 )
-            if out:
-                machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}
-                ratios = {f"gpu_over_cpu {row['syntax']}": row["gpu / cpu"] for row in found}
-                out.write_text(json.dumps({"machine": machine, "rows": found, "ratios": ratios}, indent=1) + "\n")
+            ratios = {f"gpu_over_cpu {row['syntax']}": row["gpu / cpu"] for row in found}
+            kept.final({"machine": machine, "rows": found, "ratios": ratios})
             return
         measured: dict[str, list[Seconds]] = defaultdict(list)
         with screen.status("Measuring ..."):
@@ -318,10 +319,7 @@ def main(device: str, pictures: int, repeats: int, out: Path | None) -> None:
         screen.print(shown)
     rates = ", ".join(f"{rate:.2f} pictures/s on {count}" for count, rate in scaled["pictures_per_s"].items())
     screen.print(f"convert: {rates} core(s), start of the processes included; efficiency {scaled['efficiency']}.")
-    if out:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}
-        described = {"machine": machine, "rows": rows, "scaling": scaled}
-        out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    kept.final({"machine": machine, "rows": rows, "scaling": scaled})
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def outcome(result: dict[str, Any]) -> str:
     """In a word."""
     status = result["status"]
     if status is None:
-        return f"stopped after {result['limit_s']} s"
+        kept = ", its figures so far kept" if result["figures"] else ""
+        return f"stopped after {result['limit_s']} s{kept}"
     return "passed" if status == 0 else f"failed ({status})"
 
 

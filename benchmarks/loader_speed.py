@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import torch
 from conventional import batches as conventional
+from kept import Figures
 from loader_set import SIDE, Benchmarked, prepare, reopened, source_store
 from rich.console import Console
 from rich.table import Table
@@ -293,7 +294,7 @@ def main(
     place = "cuda" if device == "gpu" else "cpu"
     if device == "gpu" and not torch.cuda.is_available():
         raise click.ClickException("--device gpu: torch sees no GPU here.")
-    console = Console()
+    console, kept = Console(), Figures(target)
     if probed and scratch:
         print(json.dumps(probe(reopened(scratch), probed, place, threads)))
         return
@@ -305,14 +306,14 @@ def main(
             for row in rows:
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
                     turn(row, seconds, place)
+                kept.so_far(images_per_s={row.name: row.rates for row in rows if row.rates})
         for row in rows:
             row.end()
         with console.status("Memory and first batch"):
             probes = {name: probe_apart(Path(folder) / "set", name, device, threads) for name in PROBED}
     found = summary(rows, probes, place, threads)
+    kept.final(found)
     show(found, console)
-    if target:
-        target.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

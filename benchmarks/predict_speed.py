@@ -18,7 +18,6 @@ The pictures are synthetic, 3328 by 2560, half JPEG 2000 and half JPEG Lossless,
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import statistics
@@ -40,6 +39,7 @@ import plain_predict
 import timm
 import torch
 from crop_quality import breasts
+from kept import Figures
 from pydicom import uid
 from rich.console import Console
 from rich.table import Table
@@ -359,7 +359,7 @@ def main(
             f"pipeline.width={size}",
         ),
     )
-    console = Console()
+    console, kept = Console(), Figures(target)
     folder = Path(tempfile.mkdtemp(prefix="predict-speed-"))
     try:
         with console.status("Drawing full-size pictures"):
@@ -370,13 +370,13 @@ def main(
             for row in rows:
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
                     turn(row, work.cores)
+                kept.so_far(seconds={row.name: row.seconds for row in rows if row.seconds}, pictures=work.pictures)
             stages.append(by_stage(work, ensemble))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = summary(rows, stages, work, config, encoding)
+    kept.final(found)
     show(found, console)
-    if target:
-        target.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

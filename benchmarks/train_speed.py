@@ -10,20 +10,21 @@ one is made.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil
 import torch
+from kept import Figures
 
 from dali_pipes.loader import Loader
 from preprocessing.convert import convert
@@ -72,8 +73,13 @@ class Case:
         )
 
 
-def measure(store: Store, case: Case, config: Config, steps: int, repeats: int) -> dict[str, Any]:
-    """One row: images/s from tensors and from the loader, the share of one over the other, waiting, peak memory."""
+def measure(
+    store: Store, case: Case, config: Config, steps: int, repeats: int, kept: Callable[..., None]
+) -> dict[str, Any]:
+    """One row: images/s from tensors and from the loader, the share of one over the other, waiting, peak memory.
+
+    `kept` is told the seconds of each repeat.
+    """
     device = pick_device(config.train.device)
     rows = store.manifest[store.manifest["cancer"].notna()].reset_index(drop=True)
     batch_size = config.data.loader.batch_size
@@ -96,6 +102,7 @@ def measure(store: Store, case: Case, config: Config, steps: int, repeats: int) 
                 loaded.append(_timed(parts, itertools.islice(stream, steps), steps, monitor))
             busy.append(watch.summary().get("gpu0.utilisation_mean", math.nan))
             waited.append((loader.wait_s - before) / loaded[-1])
+            kept(images=steps * batch_size, tensors_s=tensors, loader_s=loaded, gpu_utilisation=busy)
         advice = monitor.summary()["advice"]
     tensor_rate, loader_rate = (steps * batch_size / statistics.median(seconds) for seconds in (tensors, loaded))
     return {
@@ -194,22 +201,21 @@ def main(
         for use_compile in ([False, True] if compiled else [False])
         for layout in ([True, False] if channels_first else [True])
     ]
-    rows, costs = [], {}
+    rows, costs, kept = [], {}, Figures(out)
     with tempfile.TemporaryDirectory() as folder, Console(quiet=True) as console:
         opened = open_store(store) if store else make_store(Path(folder), 12, max(512, *map(int, _split(sizes))))
         for case in cases:
             config = case.config(batch_size, "auto" if device in ("auto", "gpu") else device, more)
             with training_advice(config):
-                rows.append(measure(opened, case, config, steps, repeats))
+                so_far = partial(kept.so_far, rows=rows, case=str(case))
+                rows.append(measure(opened, case, config, steps, repeats, so_far))
         console.table("Training speed", [_shown(row) for row in rows])
         if stages:
             for case in {(c.model, c.size): c for c in cases}.values():
                 costs[f"{case.model} {case.size}"] = _cost(case, batch_size, device, more, console)
-    if out:
-        where = machine(pick_device("auto" if device in ("auto", "gpu") else device))
-        ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows}
-        result = {"machine": where, "rows": rows, "ratios": ratios, "stages": costs}
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    where = machine(pick_device("auto" if device in ("auto", "gpu") else device))
+    ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows}
+    kept.final({"machine": where, "rows": rows, "ratios": ratios, "stages": costs})
 
 
 def _cost(case: Case, batch: int, device: str, more: tuple[str, ...], console: Console) -> list[dict[str, Any]]:

@@ -14,10 +14,22 @@ from benchmarks.gpu_check import Part, check, main, outcome
 FIGURES = "import json, sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write(json.dumps({'ratios': {'a': 2}}))"
 
 
+BEGUN = """
+import sys, time
+from pathlib import Path
+from benchmarks.kept import Figures
+kept = Figures(Path(sys.argv[sys.argv.index('--json') + 1]))
+kept.so_far(rows=[1])
+kept.so_far(rows=[1, 2])
+time.sleep(60)
+"""
+
+
 def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     wanted = [
         Part("good", ("-c", FIGURES), 60),
         Part("bad", ("-c", "print('what went wrong'); raise SystemExit(3)"), 60, figures=False),
+        Part("begun", ("-c", BEGUN), 5),
         Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2, figures=False),
     ]
     path, passed = check("gpu", "NVIDIA H200 (simulated)", tmp_path, lambda name: None, wanted)
@@ -27,6 +39,8 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     assert {"device", "cores", "python", "date", "packages"} <= set(written["machine"])
     found = written["parts"]
     assert [outcome(found[name]) for name in ("good", "bad", "slow")] == ["passed", "failed (3)", "stopped after 2 s"]
+    assert outcome(found["begun"]) == "stopped after 5 s, its figures so far kept"
+    assert found["begun"]["figures"] == {"unfinished": True, "rows": [1, 2]}
     assert found["good"]["figures"] == {"ratios": {"a": 2}}
     assert found["bad"]["output_tail"] == ["what went wrong"]
     assert found["slow"]["output_tail"] == ["begun"]

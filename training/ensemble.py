@@ -125,6 +125,11 @@ class Ensemble:
         return math.lcm(*(group.loader.val_batch_size for group in self.groups))
 
     @property
+    def taken(self) -> tuple[str, ...]:
+        """Names of the covariates that any of its runs takes into account."""
+        return tuple(dict.fromkeys(name for each in self.covariates for name in each.names))
+
+    @property
     def largest_batch(self) -> int:
         """Pictures in a batch of the group that takes most at once."""
         return max(group.loader.val_batch_size for group in self.groups)

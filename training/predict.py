@@ -57,6 +57,7 @@ class PredictSummary:
     problems: int
     from_prior: int
     prior: float
+    of_mean: dict[str, int]
 
     @property
     def exit_code(self) -> int:
@@ -70,6 +71,8 @@ class PredictSummary:
                 f" {self.problems} problems in {self.out.parent / PROBLEMS}; {self.from_prior} breasts without any "
                 f"usable picture have the training share of cancers, {self.prior:.4f}."
             )
+        for name, count in self.of_mean.items():
+            text += f" {count} of the breasts count as of mean {name}: neither the table nor the files say theirs."
         return text
 
 
@@ -189,6 +192,7 @@ def predict(
         problems=len(written.problems),
         from_prior=written.from_prior,
         prior=ensemble.prior,
+        of_mean=written.of_mean,
     )
 
 

@@ -41,12 +41,14 @@ class Tables:
         pictures: image_id, `FACTS`, prediction (NaN where there is none); one row a picture asked for.
         problems: `PROBLEM_COLUMNS`.
         from_prior: breasts without any usable picture.
+        of_mean: names of covariates, and the breasts for which one was unknown and the mean stood in.
     """
 
     submission: pd.DataFrame
     pictures: pd.DataFrame
     problems: pd.DataFrame
     from_prior: int
+    of_mean: dict[str, int]
 
 
 def asked_by_table(listed: pd.DataFrame) -> pd.DataFrame:
@@ -111,7 +113,13 @@ def compose(ensemble: Ensemble, judged: pd.DataFrame, results: Results, binary: 
         pictures=pictures,
         problems=_problems(judged, set(breasts.index)),
         from_prior=int(without.sum()),
+        of_mean={name: count for name in ensemble.taken if (count := _unknown(usable, name))},
     )
+
+
+def _unknown(pictures: pd.DataFrame, covariate: str) -> int:
+    """Breasts for which no picture says it."""
+    return int(pictures.groupby("prediction_id")[covariate].first().isna().sum())
 
 
 def _problems(judged: pd.DataFrame, predicted: set[str]) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from training import evaluate, runs
 from training.config import load_config
 from training.covariates import Covariates, cross_fitted, fit, parse_names
 from training.ensemble import open_ensemble
+from training.predict import PredictSummary
 from training.submission import Results, asked_by_table, compose, judge
 
 
@@ -209,8 +210,12 @@ def test_age_comes_from_the_table_else_from_the_file(tmp_path: Path):
     np.testing.assert_array_equal(judged["age"], [71, 52, np.nan])
     np.testing.assert_array_equal(judged["implant"], [0, 1, 0])
     ensemble = open_ensemble([spread_ages(make_run(tmp_path / "run"))], "cpu", names=["age"])
-    made = compose(ensemble, judged, results).submission.set_index("prediction_id")["cancer"]
+    written = compose(ensemble, judged, results)
+    made = written.submission.set_index("prediction_id")["cancer"]
     assert made["p_L"] > made["r_L"] > made["q_L"]
+    assert written.of_mean == {"age": 1}
+    summary = PredictSummary(Path("s.csv"), 3, 3, 0, 0, 0.5, written.of_mean)
+    assert str(summary).endswith("1 of the breasts count as of mean age: neither the table nor the files say theirs.")
 
 
 @pytest.fixture(scope="module")

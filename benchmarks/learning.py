@@ -10,6 +10,7 @@ The epochs are as many as fit the budget, by a short trial first, and at most th
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -206,13 +207,13 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     low, high = row["interval"] or (float("nan"), float("nan"))
     return {
         "fold": str(row["fold"]),
-        "AUROC": f"{row['auroc']:.4f}",
-        "pictures alone": f"{row['pictures_alone']:.4f}",
-        "95 % interval": f"{low:.4f} to {high:.4f}",
-        "last epoch": f"{row['last_epoch_auroc']:.4f}",
+        "AUROC": f"{row['auroc']:.3f}",
+        "95 % interval": f"{low:.3f} to {high:.3f}",
+        "pictures": f"{row['pictures_alone']:.3f}",
+        "last epoch": f"{row['last_epoch_auroc']:.3f}",
         "breasts": str(row["breasts"]),
-        "with cancer": str(row["positives"]),
-        "minutes": f"{row['minutes']:.1f}",
+        "cancer": str(row["positives"]),
+        "minutes": "" if math.isnan(row["minutes"]) else f"{row['minutes']:.1f}",
     }
 
 

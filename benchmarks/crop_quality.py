@@ -9,7 +9,6 @@ tightest box around the true outline: no crop that keeps the breast drops more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from preprocessing.breast import find_breast
 from preprocessing.phantom import Breast, generator, render
+from training import runs
 
 TOP = 4095  # 12 bits
 Values = NDArray[np.float32]
@@ -201,7 +201,7 @@ def main(pictures: int, size: str, out: Path | None) -> None:
         shown = [f"{row[key]:.2%}" for key in ("kept_least", "kept_mean", "dropped_mean", "ideal_mean")]
         print(f"| {row['disturbance']} | {row['pictures']} | {' | '.join(shown)} |")
     if out:
-        out.write_text(json.dumps({"size": size, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        runs.write_json(out, {"size": size, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -27,6 +28,8 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+
+from training import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "opencv-python-headless")
@@ -133,9 +136,7 @@ def check(
         for part in parts(device) if wanted is None else wanted:
             tell(part.name)
             results[part.name] = run_part(part, Path(folder))
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"machine": described, "parts": results}, indent=1) + "\n")
-            temporary.replace(path)
+            runs.write_json(path, {"machine": described, "parts": results})
     return path, all(result["status"] == 0 for result in results.values())
 
 
@@ -159,7 +160,7 @@ def main(out: Path, device: str) -> None:
     console.print(table)
     for result in found.values():
         for key, value in ((result["figures"] or {}).get("ratios") or {}).items():
-            console.print(f"{key}: {value:.2f}", highlight=False)
+            console.print(f"{key}: {math.nan if value is None else value:.2f}", highlight=False)
     for part, result in found.items():
         if result["status"] != 0:
             console.print(f"{part}:", *result["output_tail"], sep="\n  ", markup=False, highlight=False)

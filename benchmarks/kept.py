@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from training import runs
 
 
 class Figures:
@@ -22,8 +23,5 @@ class Figures:
         self._write(found)
 
     def _write(self, found: dict[str, Any]) -> None:
-        if self._target is None:
-            return
-        beside = self._target.with_name(f".{self._target.name}.tmp")
-        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        beside.replace(self._target)
+        if self._target is not None:
+            runs.write_json(self._target, found)

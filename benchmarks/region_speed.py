@@ -8,7 +8,6 @@ follow the region, reading the file and its CRC-32, is shown by itself.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -27,6 +26,7 @@ from preprocessing.phantom import render
 from preprocessing.settings import Codec
 from preprocessing.synth_dicom import MACHINES, stored_values
 from preprocessing.tiles import encode_level
+from training import runs
 
 try:
     from benchmarks.crop_quality import breasts
@@ -88,7 +88,7 @@ def main(repeats: int, target: Path | None) -> None:
         )
     Console().print(shown)
     if target:
-        target.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        runs.write_json(target, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from preprocessing.errors import RunError
 from training import metrics
+from training.calibration import logit
 
 _PEAKED = 50.0  # an exponent that is as good as the maximum
 _MARGIN = 1e-7  # mixtures are kept this far from 0 and 1, where the loss is infinite
@@ -83,8 +84,7 @@ def fit_aggregate(pictures: pd.DataFrame) -> str:
         breasts = metrics.aggregate_predictions(
             known["prediction"], known["prediction_id"], f"power:{np.exp(log_exponent)}"
         )
-        kept = np.clip(breasts.to_numpy(np.float64), _MARGIN, 1 - _MARGIN)
-        logits = (np.log(kept) - np.log1p(-kept))[:, None]
+        logits = logit(breasts)[:, None]
         fitted = LogisticRegression(C=1e6).fit(logits, labels).predict_proba(logits)[:, 1]
         return metrics.log_loss(labels, fitted)
 

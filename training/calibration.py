@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
+from scipy.special import expit
 
 from preprocessing.errors import RunError
 
@@ -39,7 +40,7 @@ class Calibration(BaseModel):
         """Calibrated probabilities, float64 in [0, 1], of such in [0, 1]; NaN stays."""
         given = np.asarray(probabilities, np.float64)
         if self.method == "temperature":
-            return _sigmoid(_logit(given) / self.temperature)
+            return expit(logit(given) / self.temperature)
         if self.method == "isotonic":
             return np.interp(given, self.x, self.y)
         return given
@@ -73,7 +74,7 @@ def fit(method: Method, labels: ArrayLike, probabilities: ArrayLike) -> Calibrat
         )
     from scipy.optimize import minimize_scalar
 
-    logits = _logit(given)
+    logits = logit(given)
 
     def loss(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
@@ -83,10 +84,7 @@ def fit(method: Method, labels: ArrayLike, probabilities: ArrayLike) -> Calibrat
     return Calibration(method=method, temperature=float(np.exp(found.x)))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _logit(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    kept = np.clip(probabilities, _MARGIN, 1 - _MARGIN)
+def logit(probabilities: ArrayLike) -> NDArray[np.float64]:
+    """Finite logits of probabilities in [0, 1], which are kept a little way from 0 and 1; NaN stays."""
+    kept = np.clip(np.asarray(probabilities, np.float64), _MARGIN, 1 - _MARGIN)
     return np.log(kept) - np.log1p(-kept)
-
-
-def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 1 / (1 + np.exp(-logits))

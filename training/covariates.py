@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
+from scipy.special import expit
 
 from preprocessing.errors import InputError, RunError
+from training.calibration import logit
 
 # Numbers of the table that a patient to predict has, too: the challenge's test table holds both.
 NAMES = ("age", "implant")
-_MARGIN = 1e-7  # probabilities are kept this far from 0 and 1, where logits are infinite
 _PARTS = 5
 
 
@@ -50,8 +51,7 @@ class Covariates(BaseModel):
         if not self.names:
             return given
         values = _filled(table, self.names, np.array(self.means)) - np.array(self.means)
-        logits = self.intercept + self.slope * _logit(given) + values @ np.array(self.weights)
-        return 1 / (1 + np.exp(-logits))
+        return expit(self.intercept + self.slope * logit(given) + values @ np.array(self.weights))
 
 
 def parse_names(text: str | None) -> tuple[str, ...] | None:
@@ -98,8 +98,7 @@ def fit(names: Sequence[str], breasts: pd.DataFrame) -> Covariates:
     from sklearn.linear_model import LogisticRegression
 
     means = known[list(names)].mean().to_numpy(np.float64)
-    logits = _logit(known["prediction"].to_numpy(np.float64))
-    inputs = np.column_stack([logits, _filled(known, names, means) - means])
+    inputs = np.column_stack([logit(known["prediction"]), _filled(known, names, means) - means])
     spread = inputs.std(axis=0)
     spread[spread == 0] = 1.0  # says nothing, and gets no weight
     fitted = LogisticRegression().fit(inputs / spread, known["cancer"].to_numpy(np.int64))
@@ -163,8 +162,3 @@ def _filled(table: pd.DataFrame, names: Sequence[str], means: NDArray[np.float64
     """The covariates, float64 [rows, names], means where they are unknown."""
     values = table.reindex(columns=list(names)).to_numpy(np.float64)
     return np.where(np.isnan(values), means, values)
-
-
-def _logit(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    kept = np.clip(probabilities, _MARGIN, 1 - _MARGIN)
-    return np.log(kept) - np.log1p(-kept)

@@ -29,6 +29,7 @@ FREE = (
     "train.checkpoint_steps",
     "train.keep_checkpoints",
     "train.compile",
+    "train.covariates",  # fitted after training
     "data.loader.threads",
     "data.loader.prefetch",
     "data.loader.cache",

@@ -45,7 +45,7 @@ def fit(
         console: what shows progress on the screen; see console.py.
 
     Raises:
-        InputError: an unknown fold, or one without both classes in training or validation.
+        InputError: an unknown fold, one without both classes in training or validation, or without any of a covariate.
         RunError: the folder is there and `resume` is not asked for, or it was begun with something else, or a loss was
             not finite.
         SystemExit: SIGTERM or Ctrl-C came; the run is saved and can be resumed. Status 128 + the signal's number.
@@ -64,6 +64,7 @@ def fit(
                 device,
             )
         training, held_out = split(store, config.data, fold, place)
+        _require_covariates(config, held_out, store)
         config = _with_batch_size(config, folder, device, len(training) // place.size, place)
         # Every process looks before the first one writes.
         done = _look(folder, config, store, resume)
@@ -111,6 +112,16 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
                 f"{len(part) - positives} without. Make other folds (folds --set data.folds=...), or bring more data."
             )
     return training, held_out
+
+
+def _require_covariates(config: Config, held_out: pd.DataFrame, store: Store) -> None:
+    """They are fitted after training; that they cannot be is said before."""
+    for name in config.train.covariates:
+        if held_out[name].isna().all():
+            raise InputError(
+                f"train.covariates: {name} is unknown for all pictures of {store.root} to validate on. Convert them "
+                f"with a table that has the column {name}, or --set 'train.covariates=[]'."
+            )
 
 
 def _limit(rows: pd.DataFrame, most: int | None) -> pd.DataFrame:

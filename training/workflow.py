@@ -99,7 +99,7 @@ def run_all(job: Job, console: Console) -> Outcome:
         )
     evaluated = _digest(trained, *(_file_digest(job.run / f"fold{fold}" / "validation.csv") for fold in numbers))
     metrics = job.run / "metrics.json"
-    steps.once("evaluate", evaluated, [metrics], lambda: evaluation.evaluate(job.run, store))
+    steps.once("evaluate", evaluated, [metrics], lambda: _evaluate(job, store))
     exit_code, files = 0, {}
     if job.test_table.exists():
         wanted = _digest(
@@ -137,6 +137,11 @@ def _train(job: Job, store: Store, fold: int, console: Console) -> fit.FitSummar
     return fit.fit(job.config, store, fold, job.run, resume=resume, command=shlex.join(sys.argv), console=console)
 
 
+def _evaluate(job: Job, store: Store) -> dict[str, Any]:
+    # The job's own, for a run that was trained before may have been begun with others.
+    return evaluation.evaluate(job.run, store, names=job.config.train.covariates)
+
+
 def _predict(job: Job, console: Console) -> predict.PredictSummary:
     with watched(console, "Predicting", "images", "predict") as (monitor, advance):
         return predict.predict(
@@ -146,6 +151,7 @@ def _predict(job: Job, console: Console) -> predict.PredictSummary:
             images=job.test_images,
             csv=job.test_table,
             device=job.config.train.device,
+            covariates=job.config.train.covariates,
             progress=advance,
             monitor=monitor,
         )

@@ -270,6 +270,19 @@ def test_an_unknown_fold_names_those_there(store, tmp_path):
         fit.fit(fakes.small_config(), store, 7, tmp_path / "run")
 
 
+def test_a_covariate_that_is_unknown_is_refused_before_training(store, tmp_path):
+    rows = store.manifest.assign(age=np.nan)
+    ageless = fakes.make_store(tmp_path / "ageless", rows)
+    with pytest.raises(InputError, match=r"train\.covariates: age is unknown for all pictures of .*ageless"):
+        fit.fit(fakes.small_config("train.covariates=[age]"), ageless, 0, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_covariates_may_change_for_they_are_fitted_after_training(store, tmp_path):
+    done = fit.fit(fakes.small_config(), store, 0, tmp_path / "run")
+    assert fit.fit(fakes.small_config("train.covariates=[age]"), store, 0, tmp_path / "run", resume=True) == done
+
+
 def test_a_fold_without_both_classes_is_refused(store, tmp_path):
     made = folds.make_folds(store, load_config(None, ("data.folds=2",)).data)
     sick = store.manifest.groupby("patient_id")["cancer"].transform("max") == 1

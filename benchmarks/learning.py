@@ -26,10 +26,10 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
 from training import evaluate, fit, metrics, runs
+from training.assemble import open_ensemble
 from training.config import Config, load_config
 from training.console import Console
 from training.covariates import parse_names
-from training.ensemble import open_ensemble
 from training.folds import read_or_make_folds
 
 TRIAL_STEPS = 8

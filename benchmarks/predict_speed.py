@@ -55,8 +55,9 @@ from preprocessing.synth_dicom import MACHINES, Exposure, stored_values, write
 from preprocessing.table import Source, read_table
 from preprocessing.workers import available_cores
 from training import runs
+from training.assemble import open_ensemble
 from training.config import Config, load_config
-from training.ensemble import Ensemble, open_ensemble
+from training.ensemble import Ensemble
 from training.intake import narrowed, stream
 from training.model import build_model
 from training.predict import predict

@@ -32,10 +32,11 @@ from preprocessing.errors import ConfigError, RunError
 from preprocessing.manifest import write_atomically
 from preprocessing.settings import ConvertSettings
 from training import runs
+from training.assemble import Aggregate, open_ensemble
 from training.calibration import Calibration, Method
 from training.covariates import Covariates
 from training.device import pick_device
-from training.ensemble import Aggregate, Ensemble, Group, Member, open_ensemble
+from training.ensemble import Ensemble, Group, Member
 
 ONNX, PROGRAM, DESCRIPTION = "model.onnx", "model.pt2", "model.json"
 FORMAT = "mammopipe-export"

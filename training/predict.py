@@ -26,16 +26,9 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from preprocessing.settings import DecodeOn
 from training import runs
+from training.assemble import Aggregate, Weights, average, given_weights, open_ensemble, require_same_conversion
 from training.calibration import Method
-from training.ensemble import (
-    Aggregate,
-    Ensemble,
-    Weights,
-    average,
-    given_weights,
-    open_ensemble,
-    require_same_conversion,
-)
+from training.ensemble import Ensemble
 from training.failures import loading_advice, prediction_advice
 from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial

@@ -75,7 +75,7 @@ def cases(run: Run, store: Store, frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _overlays(run: Run, store: Store, chosen: pd.DataFrame) -> dict[str, str]:
     """Image id → picture and overlay side by side as a data URI, each by the fold that had not seen it."""
-    from training.ensemble import open_ensemble
+    from training.assemble import open_ensemble
     from training.explain import explain
 
     found: dict[str, str] = {}

@@ -11,10 +11,10 @@ import pytest
 from sklearn.metrics import log_loss
 
 from preprocessing.errors import InputError, RunError
-from tests.training.test_predict import make_run
+from tests.training.untrained import make_run
 from training import metrics, runs
+from training.assemble import open_ensemble
 from training.blend import fit_aggregate, fit_weights
-from training.ensemble import open_ensemble
 
 
 def _drawn(count: int = 2000, seed: int = 0):

@@ -10,9 +10,9 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
 from preprocessing.errors import RunError
-from tests.training.test_predict import make_run
+from tests.training.untrained import make_run
+from training.assemble import open_ensemble
 from training.calibration import Calibration, fit
-from training.ensemble import open_ensemble
 
 
 def _drawn(temperature: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

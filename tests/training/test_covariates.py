@@ -15,11 +15,11 @@ import cli
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store
 from tests.training import fakes
-from tests.training.test_predict import make_run, spread_ages
+from tests.training.untrained import make_run, spread_ages
 from training import evaluate, runs
+from training.assemble import open_ensemble
 from training.config import load_config
 from training.covariates import Covariates, cross_fitted, fit, parse_names
-from training.ensemble import open_ensemble
 from training.predict import PredictSummary
 from training.submission import Results, asked_by_table, compose, judge
 

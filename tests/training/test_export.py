@@ -15,9 +15,9 @@ import torch
 from preprocessing.convert import convert
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.synth import synthesize
-from tests.training.test_predict import SETTINGS, make_run, spread_ages
+from tests.training.untrained import SETTINGS, make_run, spread_ages
 from training import runs
-from training.ensemble import open_ensemble
+from training.assemble import open_ensemble
 from training.export import OnnxModel, export, open_exported
 from training.predict import predict
 

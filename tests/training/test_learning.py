@@ -12,9 +12,9 @@ from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
 from tests.training import fakes
-from tests.training.test_predict import make_run
+from tests.training.untrained import make_run
 from training import metrics, runs
-from training.ensemble import open_ensemble
+from training.assemble import open_ensemble
 
 
 def test_labels_are_dealt_out_anew_over_whole_patients(tmp_path):

@@ -14,8 +14,8 @@ from dali_pipes.source import choose_window
 from preprocessing.convert import convert
 from preprocessing.manifest import open_store
 from preprocessing.synth import synthesize
-from tests.training.test_predict import SETTINGS, make_run
-from training.ensemble import open_ensemble
+from tests.training.untrained import SETTINGS, make_run
+from training.assemble import open_ensemble
 from training.predict import predict
 from training.windows import through_window, window_counts
 

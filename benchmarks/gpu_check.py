@@ -15,11 +15,13 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,21 +74,25 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
     command = [sys.executable, *part.command, *(("--json", str(target)) if part.figures else ())]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=part.most_s,
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = None, error.stdout or b""
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=part.most_s)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            _kill_group(process.pid)
+            output, _ = process.communicate()
+            status = None
+        finally:  # what it started must not use the GPU beside the next part
+            _kill_group(process.pid)
     return {
         "status": status,
         "seconds": round(time.monotonic() - began, 1),
@@ -94,6 +100,11 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
         "figures": json.loads(target.read_text()) if target.is_file() else None,
         "output_tail": output.splitlines()[-15:],
     }
+
+
+def _kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def machine(name: str) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Part, check, main, outcome
+from benchmarks.gpu_check import Part, check, main, outcome, run_part
 
 FIGURES = "import json, sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write(json.dumps({'ratios': {'a': 2}}))"
 
@@ -45,6 +46,22 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     assert found["bad"]["output_tail"] == ["what went wrong"]
     assert found["slow"]["output_tail"] == ["begun"]
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+WORKER = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_stopped_part_has_started_is_stopped_with_it():
+    """Its workers would go on using the GPU beside the next part."""
+    found = run_part(Part("workers", ("-c", WORKER), 3, figures=False), Path())
+    assert found["status"] is None
+    (pid,) = found["output_tail"]
+    assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
 def test_all_its_parts_together_keep_to_the_eight_minutes():

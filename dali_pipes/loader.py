@@ -234,7 +234,9 @@ class Loader:
             self._faults[fault.row] = fault.reason
         self._check_budget()
         facts = {"label": self._labels[fed.rows], "index": fed.rows, "ok": ok}
-        batch = {"image": image, **{name: torch.from_numpy(value).to(self._device) for name, value in facts.items()}}
+        # Not blocking: a copy that did would wait for all that training has queued on the device.
+        placed = {name: torch.from_numpy(v).to(self._device, non_blocking=True) for name, v in facts.items()}
+        batch = {"image": image, **placed}
         mixed = mix_batch(batch, fed.mixes) if fed.mixes else batch
         # Here and not in the graph: DALI's conversion to float16 on a CPU takes ten times as long as torch's.
         return mixed | {"image": mixed["image"].to(self._dtype)}

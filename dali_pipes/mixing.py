@@ -27,7 +27,9 @@ def mix_batch(batch: Batch, mixes: Sequence[Mix]) -> Batch:
     image, label = batch["image"], batch["label"]
     usable = batch["ok"] & ~torch.isnan(label)
     usable &= usable.roll(-1)
-    keep = _kept(mixes, *image.shape[2:]).to(image.device)
+    keep = _kept(mixes, *image.shape[2:])
+    if image.is_cuda:  # from pinned memory a copy does not wait for what is queued on the device
+        keep = keep.pin_memory().to(image.device, non_blocking=True)
     keep = torch.where(usable[:, None, None], keep, 1)
     mixed = torch.lerp(image.roll(-1, 0), image, keep[:, None])
     weight = keep.mean(dim=(1, 2), dtype=torch.float64).to(label.dtype)

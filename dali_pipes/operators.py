@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, math
-from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali.pipeline import Pipeline, do_not_convert
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from dali_pipes.settings import PipelineSettings
@@ -66,13 +66,19 @@ def window(tile: Any, numbers: Any, here: Any, table: Any, device: str) -> Any:
 
 @do_not_convert
 def in_torch(function: Callable[..., torch.Tensor], *inputs: Any, device: str) -> Any:
-    """A function of tensors, for what DALI has no operator for on both devices. Gives HWC."""
+    """A function of tensors, for what DALI has no operator for on both devices. Gives HWC.
+
+    On a GPU it runs in a stream of its own: in torch's default one it would stand behind all that training has queued
+    there, and the wait for its end, since DALI goes on in yet another stream, would be one for training's.
+    """
+    stream = torch.cuda.Stream(Pipeline.current().device_id) if device == "gpu" else None
 
     def run(*columns: Any) -> Any:
-        samples = zip(*columns, strict=True)
-        results = [function(*map(torch.from_dlpack, sample)).contiguous() for sample in samples]
-        if results and results[0].is_cuda:  # DALI goes on in a stream of its own
-            torch.cuda.current_stream(results[0].device).synchronize()
+        with torch.cuda.stream(stream):
+            samples = zip(*columns, strict=True)
+            results = [function(*map(torch.from_dlpack, sample)).contiguous() for sample in samples]
+        if stream is not None:
+            stream.synchronize()
         return [result.__dlpack__() for result in results]
 
     return fn.dl_tensor_python_function(

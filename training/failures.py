@@ -11,7 +11,10 @@ from preprocessing.errors import RunError
 from training.config import Config
 
 # How torch's CPU allocator, CUDA and DALI say that there is no memory left; and how the latter say that a GPU is gone.
-_MEMORY_SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "cudaErrorMemoryAllocation")
+_MEMORY_SIGNS = (
+    *("not enough memory", "can't allocate memory", "out of memory"),
+    *("CUDA allocation failed", "Can't allocate", "allocate virtual address space", "STATUS_ALLOC_FAILED"),
+)
 _GPU_SIGNS = ("CUDA error", "CUDA runtime API error", "CUDA driver API error", "cuDNN error", "NCCL error")
 
 
@@ -26,7 +29,7 @@ def training_advice(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise RunError(
-                f"model.compile = true: torch could not compile {config.model.backbone} here ({_first(str(error))}); "
+                f"model.compile = true: torch could not compile {config.model.backbone} here ({_line(str(error))}); "
                 "mend its compiler (--traceback shows what it said), or set model.compile=false."
             ) from error
         raise
@@ -72,15 +75,18 @@ def _told(out_of_memory: str, after_the_gpu: str) -> Iterator[None]:
         if any(sign in text for sign in _MEMORY_SIGNS):
             raise RunError(out_of_memory) from error
         if any(sign in text for sign in _GPU_SIGNS):
+            said = _line(text, _GPU_SIGNS)
             raise RunError(
-                f"The GPU failed ({_first(text)}). See what nvidia-smi and the kernel's log (dmesg, lines with Xid) "
-                f"say, restart what holds the GPU or the machine, {after_the_gpu}"
+                f"The GPU failed ({said}). See what nvidia-smi and the kernel's log (dmesg, lines with Xid) say, "
+                f"restart what holds the GPU or the machine, {after_the_gpu}"
             ) from error
         raise
 
 
-def _first(text: str) -> str:
-    return text.strip().splitlines()[0][:200]
+def _line(text: str, signs: tuple[str, ...] = ("",)) -> str:
+    """The first line with one of the signs: DALI's come after its traceback of the graph."""
+    lines = text.strip().splitlines()
+    return next((line.strip()[:200] for line in lines if any(sign in line for sign in signs)), "")
 
 
 def _lower_training(config: Config) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dali_pipes.loader import Loader
-from dali_pipes.settings import AugmentSettings, LoaderSettings, PipelineSettings
+from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
 from preprocessing.manifest import level_column
 from preprocessing.tiles import read_level
 from tests.dali_pipes.stores import flipped, make_store
@@ -94,6 +94,22 @@ def test_a_damaged_tile_costs_its_sample_alone(tmp_path, cache):
     ok = joined(found, "ok").cpu().numpy()
     assert np.flatnonzero(~ok).tolist() == [2]
     assert torch.equal(joined(found)[torch.from_numpy(ok)], sound[torch.from_numpy(ok)])
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
+def test_taking_a_batch_waits_for_nothing_on_the_gpu(store):
+    """Torch raises on any call that synchronises. Steps in torch do, in DALI's threads, so there are none of them."""
+    augment = AUGMENT.model_copy(update={"grid": 0.0, "mixup": 0.5, "cutmix": 0.5})
+    pipeline = PIPELINE.model_copy(update={"augment": augment, "clahe": ClaheSettings(enabled=False)})
+    with Loader(store, store.manifest, pipeline, LoaderSettings(batch_size=2), seed=5, device="cuda") as loader:
+        running = loader.epoch(0)
+        next(running)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            taken = [next(running) for _ in range(4)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(batch["image"].isfinite().all() for batch in taken)
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4])

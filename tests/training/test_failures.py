@@ -9,15 +9,28 @@ from preprocessing.errors import RunError
 from tests.training import fakes
 from training.failures import loading_advice, prediction_advice, training_advice
 
+DALI = """Critical error in pipeline:
+Error in GPU operator `nvidia.dali.fn.decoders.image`,
+which was used in the pipeline definition with the following traceback:
+
+  File "dali_pipes/pipelines.py", line 87, in graph
+    tile = _decode(fed, "mixed", settings)
+
+encountered:
+
+{}
+Current pipeline object is no longer valid."""
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to"),
-    RuntimeError("Critical error in pipeline: CUDA runtime API error cudaErrorMemoryAllocation (2): out of memory"),
+    RuntimeError(DALI.format("CUDA allocation failed")),
+    RuntimeError(DALI.format("Can't allocate 536870912 bytes on device 0.")),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     MemoryError(),
 ]
 GPU_FAILED = [
     torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be", 719),
-    RuntimeError("Critical error in pipeline: CUDA runtime API error cudaErrorIllegalAddress (700)"),
+    RuntimeError(DALI.format("CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access")),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
 ]
 
@@ -50,13 +63,18 @@ def test_prediction_out_of_memory_says_what_to_lower(error):
 @pytest.mark.parametrize("error", GPU_FAILED)
 def test_a_gpu_that_fails_says_how_to_go_on(error):
     with (
-        pytest.raises(RunError, match=r"The GPU failed \(.*\)\. See what nvidia-smi.*--resume.*checkpoint is sound"),
+        pytest.raises(
+            RunError, match=r"The GPU failed \(.*(CUDA|cuDNN) .*\)\. See what nvidia-smi.*--resume.*checkpoint is sound"
+        ),
         training_advice(fakes.small_config()),
     ):
         raise error
     for advice in (prediction_advice(32, 512), loading_advice()):
         with (
-            pytest.raises(RunError, match=r"The GPU failed \(.*\)\. See what nvidia-smi.*again, or with --device cpu"),
+            pytest.raises(
+                RunError,
+                match=r"The GPU failed \(.*(CUDA|cuDNN) .*\)\. See what nvidia-smi.*again, or with --device cpu",
+            ),
             advice,
         ):
             raise error

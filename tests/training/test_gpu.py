@@ -52,6 +52,7 @@ def test_mixed_precision_trains_close_to_float32(store, precision, more):
     assert all(torch.isfinite(parameter).all() for parameter in parts.model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_a_step_waits_for_nothing_on_the_gpu(store):
     """Torch raises on any synchronising call inside; reading the loss comes afterwards."""
     _, parts = _epoch(store)
@@ -65,8 +66,8 @@ def test_a_step_waits_for_nothing_on_the_gpu(store):
         if at.batch == 6:
             torch.cuda.set_sync_debug_mode("default")
 
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         train_epoch(parts, batches, at, fakes.FakeMonitor(None), stop_before_the_guard_asks)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -86,10 +87,14 @@ def test_a_run_on_the_gpu_resumes(store, tmp_path):
 
 def test_the_batch_that_fits_shrinks_with_the_picture():
     device = pick_device("auto")
-    sizes = [
-        find_batch_size(fakes.small_config(f"pipeline.height={side}", f"pipeline.width={side}"), device, 10**6)
-        for side in (64, 2048)
-    ]
+    torch.cuda.set_per_process_memory_fraction(0.1)  # other tests run on the same GPU meanwhile
+    try:
+        sizes = [
+            find_batch_size(fakes.small_config(f"pipeline.height={side}", f"pipeline.width={side}"), device, 10**6)
+            for side in (64, 2048)
+        ]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert sizes[0] >= sizes[1] >= 1
 
 

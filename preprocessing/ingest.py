@@ -77,7 +77,7 @@ class Staged:
     places that they shall have."""
 
     entry: dict[str, Any]
-    files: dict[Path, Path] = field(default_factory=dict, compare=False)  # their names differ from try to try
+    files: dict[Path, Path] = field(default_factory=dict, repr=False)  # their names differ from try to try
 
 
 def ingest(job: Job) -> dict[str, Any]:

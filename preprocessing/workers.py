@@ -97,9 +97,10 @@ class Sandbox:
                 self._recent.clear()
                 return [outcome]
             again = [self._alone(earlier.task) for earlier in self._recent if earlier.failure is None]
-            before = {id(earlier.task): earlier for earlier in self._recent}
+            before = {id(earlier.task): repr(earlier.result) for earlier in self._recent}
             self._recent.clear()
-            return [*(new for new in again if new.result != before[id(new.task)].result), outcome]
+            # By their texts: an unknown age is NaN, which is unequal to itself.
+            return [*(new for new in again if repr(new.result) != before[id(new.task)]), outcome]
         self._recent.append(outcome)
         return [outcome]
 

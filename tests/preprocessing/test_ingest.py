@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,20 @@ def test_a_fault_of_ours_costs_one_file_and_quotes_nothing(tmp_path: Path, monke
     assert reason == "internal"
     assert "KeyError in test_ingest.py" in detail
     assert "DOE" not in detail
+
+
+def test_a_file_done_again_reads_as_its_first_try_though_its_age_is_unknown(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    ingest.scratch_folder(store).mkdir(parents=True)
+    write_png(tmp_path / "a.png", 8)
+    job = ingest.Job(tmp_path, store, SETTINGS, Source("a", "a.png", {"patient_id": "p"}))
+    first, again = (pickle.loads(pickle.dumps(ingest.stage(job))) for _ in range(2))  # as from a worker process
+    assert math.isnan(first.entry["facts"]["age"])
+    assert first.files.keys() == again.files.keys() != {}
+    assert list(first.files.values()) != list(again.files.values())
+    assert repr(first) == repr(again)
+    write_png(tmp_path / "a.png", 9)
+    assert repr(first) != repr(ingest.stage(job))
 
 
 def test_two_pictures_of_a_patient_share_a_pseudonym_that_is_not_the_id(synthetic: Path) -> None:

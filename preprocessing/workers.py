@@ -13,7 +13,6 @@ import multiprocessing
 import queue
 import resource
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -25,8 +24,8 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from multiprocessing.context import ForkServerContext
-from pathlib import Path
+from multiprocessing import spawn
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import psutil
@@ -317,13 +316,42 @@ def _finished(outcome: Outcome, finish: Callable[[Any], Any] | None) -> Outcome:
     return replace(outcome, result=finish(outcome.result))
 
 
+_prepared = spawn.get_preparation_data
+
+
+class _Process(ForkServerProcess):
+    """A process that does not import the program that starts it, as multiprocessing would have it: a worker needs
+    nothing of that. One that loads torch would cost each worker seconds; one without `if __name__ == "__main__":` would
+    run again in each; one read from standard input cannot be imported."""
+
+    _starting = threading.Lock()
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing's name
+        thread = threading.get_ident()
+
+        def without_main(name: str) -> dict[str, Any]:
+            found = _prepared(name)
+            if threading.get_ident() == thread:
+                found = {key: value for key, value in found.items() if not key.startswith("init_main")}
+            return found
+
+        with _Process._starting:
+            spawn.get_preparation_data = without_main
+            try:
+                return ForkServerProcess._Popen(process_obj)
+            finally:
+                spawn.get_preparation_data = _prepared
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
+
 def _context() -> ForkServerContext:
     """A fork of this process would inherit its threads' locks; the fork server has imported the code and no more."""
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    if main is not None and not Path(main).is_file():  # which each process would have to import
-        raise InputError(f"a program read from {Path(main).name} cannot start worker processes: put it into a file.")
     _allow_children()
-    context = multiprocessing.get_context("forkserver")
+    context = _Context()
     context.set_forkserver_preload(["preprocessing.ingest"])
     return context
 

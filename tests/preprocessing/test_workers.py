@@ -114,12 +114,26 @@ def test_tasks_are_drawn_as_they_are_needed() -> None:
     assert drawn < 100
 
 
-def test_a_program_from_standard_input_is_told_that_it_can_start_no_workers():
-    program = "from tests.preprocessing.test_workers import *; list(run_local(work, [('good', 1)], 1, LIMITS))"
-    done = subprocess.run(
-        [sys.executable, "-"], input=program, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT
+@pytest.mark.parametrize("from_a_file", [True, False])
+def test_workers_do_not_run_the_program_that_starts_them(tmp_path: Path, from_a_file: bool) -> None:
+    """Neither one without `if __name__ == "__main__":` nor one from standard input."""
+    program = (
+        "from tests.preprocessing.test_workers import LIMITS, run_local, work\n"
+        "print('run')\n"
+        "print([outcome.failure for outcome in run_local(work, [('good', 1), ('good', 2)], 2, LIMITS)])\n"
     )
-    assert "InputError: a program read from <stdin> cannot start worker processes" in done.stderr
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py") if from_a_file else "-"],
+        input=None if from_a_file else program,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.stdout == "run\n[None, None]\n", done.stderr
 
 
 def test_available_cores_respects_the_affinity() -> None:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ import click
 import imagecodecs
 import numpy as np
 import torch
-from crop_quality import breasts
+from codec_work import gpu_count, host_count, host_decode
+from drawn import draw
 from kept import Figures
 from numpy.typing import NDArray
 from nvidia.dali import fn
@@ -38,23 +38,15 @@ from rich.table import Table
 from dali_pipes.decode import decode as decode_on_host
 from dali_pipes.pipelines import decode, decode_region
 from preprocessing import gpu_decode
-from preprocessing.codecs import choose
-from preprocessing.codestream import inspect
-from preprocessing.phantom import render
 from preprocessing.settings import Codec
 from preprocessing.tiles import build_levels, encode_level
+from preprocessing.workers import worker_context
 
 TILE_CODECS: tuple[Codec, ...] = ("zstd", "none", "lzw", "deflate", "htj2k")
 LEVELS = ("512", "full")
 BATCH = {"512": 64, "full": 8}
 REGION = 512  # rows and columns of a region of the full level
 Pictures = list[NDArray[np.uint16]]
-
-
-def draw(count: int) -> Pictures:
-    """12-bit pictures of full size."""
-    found = [render(breast, view, seed, "full").picture for breast, view, seed in breasts(count)]
-    return [np.ascontiguousarray((np.clip(picture, 0, 1) * 4095 + 0.5).astype(np.uint16)) for picture in found]
 
 
 def timed(call: Callable[[], Any], seconds: float, turns: int) -> float:
@@ -181,25 +173,9 @@ def codestreams(pictures: Pictures) -> dict[str, list[bytes]]:
         return {name: [bytes(data) for data in pool.map(encode, pictures)] for name, encode in encoders.items()}
 
 
-def host_decode(data: bytes) -> NDArray[np.integer]:
-    """What the conversion does of a codestream, without its checks."""
-    facts = inspect(data)
-    return choose(facts).decode(data, facts)
-
-
-def host_count(files: Sequence[bytes]) -> int:
-    """Decode all of them; in a worker process."""
-    return sum(host_decode(data).size > 0 for data in files)
-
-
-def gpu_count(files: Sequence[bytes]) -> int:
-    """As `host_count`, in a process that has been connected with the one that owns the GPU."""
-    return sum(gpu_decode.decode(data, inspect(data)) is not None for data in files)
-
-
 def source_rows(pictures: Pictures, device: str, cores: int, turns: int) -> Iterator[dict[str, Any]]:
     """Each codestream, on the host's cores and on the GPU."""
-    context = get_context("forkserver")
+    context = worker_context()
     for name, files in codestreams(pictures).items():
         row: dict[str, Any] = {"codestream": name}
         row["host_exact"] = equal([host_decode(data) for data in files[:1]], pictures[:1])
@@ -286,7 +262,7 @@ def main(device: str, pictures: int, repeats: int, seconds: float, target: Path 
         raise click.ClickException("--device gpu: torch sees no GPU here.")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the one inside DALI warns of each codestream without colours
     console, cores, kept = Console(), len(os.sched_getaffinity(0)), Figures(target)
-    drawn = draw(pictures)
+    drawn = [picture.stored for picture in draw(pictures)]
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "cores": cores,

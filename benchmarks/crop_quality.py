@@ -19,8 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.breast import find_breast
-from preprocessing.phantom import Breast, generator, render
+from preprocessing.phantom import generator, render
 from training import runs
+
+try:
+    from benchmarks.drawn import breasts
+except ImportError:  # called by its path
+    from drawn import breasts
 
 TOP = 4095  # 12 bits
 Values = NDArray[np.float32]
@@ -114,24 +119,6 @@ DISTURBANCES: dict[str, Disturbance | None] = {
     "dim, with a bright marker": _dim,
     "undeclared negative": _negative,
 }
-
-
-def breasts(count: int) -> Iterator[tuple[Breast, str, int]]:
-    """Breasts of every density, side and view, small and large, some with implants."""
-    for seed in range(count):
-        rng = generator(seed, "crop quality")
-        size = rng.uniform(0.0, 1.0)
-        yield (
-            Breast(
-                laterality="L" if seed % 2 else "R",
-                density="ABCD"[(seed // 4) % 4],  # pyright: ignore[reportArgumentType]
-                depth_mm=45 + 95 * size,
-                half_height_mm=40 + 65 * size,
-                implant=seed % 10 == 9,
-            ),
-            "MLO" if (seed // 2) % 2 else "CC",
-            seed,
-        )
 
 
 def disturbed(name: str, picture: NDArray[np.float32], left: bool, seed: int) -> NDArray[np.uint16]:

@@ -191,9 +191,9 @@ def _cpu_seconds() -> float:
     return total
 
 
-def probe(data: Benchmarked, name: str, device: str, threads: int) -> dict[str, float]:
+def probe(data: Benchmarked, name: str, threads: int) -> dict[str, float]:
     """Run in a process of its own: seconds to the first batch (imports not counted), and peak memory in MiB."""
-    (row,) = (row for row in contestants(data, device, threads) if row.name == name)
+    (row,) = (row for row in contestants(data, "cpu", threads) if row.name == name)
     began = time.perf_counter()
     batches = row.start()
     next(batches)
@@ -203,14 +203,13 @@ def probe(data: Benchmarked, name: str, device: str, threads: int) -> dict[str, 
         next(batches)
         own = psutil.Process()
         peak = max(peak, sum(p.memory_full_info().pss for p in [own, *own.children(recursive=True)]) / 2**20)
-    used = torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] if device != "cpu" else 0
-    return {"first_batch_s": first, "peak_memory_mb": peak, "device_memory_mb": used / 2**20}
+    return {"first_batch_s": first, "peak_memory_mb": peak}
 
 
-def probe_apart(scratch: Path, name: str, device: str, threads: int) -> dict[str, float]:
+def probe_apart(scratch: Path, name: str, threads: int) -> dict[str, float]:
     """`probe` in a fresh process, on the set that lies in `scratch`."""
-    arguments = ["--probe", name, "--scratch", str(scratch)]
-    command = [sys.executable, __file__, *arguments, "--device", device, "--threads", str(threads)]
+    arguments = ["--probe", name, "--scratch", str(scratch), "--threads", str(threads)]
+    command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -296,7 +295,7 @@ def main(
         raise click.ClickException("--device gpu: torch sees no GPU here.")
     console, kept = Console(), Figures(target)
     if probed and scratch:
-        print(json.dumps(probe(reopened(scratch), probed, place, threads)))
+        print(json.dumps(probe(reopened(scratch), probed, threads)))
         return
     with tempfile.TemporaryDirectory(prefix="loader-speed-") as folder:
         with console.status("Preparing pictures"):
@@ -307,10 +306,13 @@ def main(
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
                     turn(row, seconds, place)
                 kept.so_far(images_per_s={row.name: row.rates for row in rows if row.rates})
+            kept.so_far(**summary(rows, {}, place, threads))
         for row in rows:
             row.end()
-        with console.status("Memory and first batch"):
-            probes = {name: probe_apart(Path(folder) / "set", name, device, threads) for name in PROBED}
+        probes = {}
+        if device == "cpu":  # on a GPU the first batch would be CUDA's start
+            with console.status("Memory and first batch"):
+                probes = {name: probe_apart(Path(folder) / "set", name, threads) for name in PROBED}
     found = summary(rows, probes, place, threads)
     kept.final(found)
     show(found, console)

@@ -18,20 +18,14 @@ import click
 import cv2
 import imagecodecs
 import numpy as np
+from drawn import draw
 from rich.console import Console
 from rich.table import Table
 
 from dali_pipes.decode import decode
-from preprocessing.phantom import render
 from preprocessing.settings import Codec
-from preprocessing.synth_dicom import MACHINES, stored_values
 from preprocessing.tiles import encode_level
 from training import runs
-
-try:
-    from benchmarks.crop_quality import breasts
-except ImportError:  # called by its path
-    from crop_quality import breasts
 
 SIDES = (256, 512, 1024, 2048)
 CODECS: tuple[Codec, ...] = ("zstd", "deflate", "lzw", "none")
@@ -39,8 +33,7 @@ CODECS: tuple[Codec, ...] = ("zstd", "deflate", "lzw", "none")
 
 def measure(codec: Codec, repeats: int) -> list[dict[str, Any]]:
     """A row a side: side in pixels (None: the whole level), share of its pixels, and milliseconds."""
-    ((breast, view, seed),) = breasts(1)
-    level = stored_values(render(breast, view, seed, "full").picture, MACHINES[0]).astype(np.uint16)
+    level = draw(1)[0].stored
     size = (int(level.shape[0]), int(level.shape[1]))
     data = encode_level(level, codec)
     generator = np.random.default_rng(0)

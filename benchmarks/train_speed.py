@@ -67,6 +67,7 @@ class Case:
                 f"model.compile={self.compile}",
                 f"model.channels_last={self.channels_last}",
                 f"data.loader.batch_size={batch}",
+                "data.loader.epoch_samples=65536",  # nothing is prepared across the end of an epoch
                 f"train.device={device}",
                 *more,
             ),

@@ -142,7 +142,7 @@ class Sandbox:
             max_tasks=self._limits.files_per_process,
             initializer=_start,
             initargs=(self._limits.memory_mb, self._gpu),
-            context=_context(),
+            context=worker_context(),
         )
 
 
@@ -161,7 +161,7 @@ def run_local(
     Tasks are drawn as they are needed, by the thread that takes the outcomes; nothing is kept of a task whose outcome
     was taken. Close the generator to end the processes early.
     """
-    with gpu_decode.serving(_context()) if limits.gpu else nullcontext() as gpu:
+    with gpu_decode.serving(worker_context()) if limits.gpu else nullcontext() as gpu:
         yield from _run_local(function, tasks, workers or available_cores(), limits, finish, gpu)
 
 
@@ -288,7 +288,7 @@ _gpu_lock = threading.Lock()
 def _opened_gpu() -> gpu_decode.Address | None:
     stack = ExitStack()
     atexit.register(stack.close)
-    return stack.enter_context(gpu_decode.serving(_context()))
+    return stack.enter_context(gpu_decode.serving(worker_context()))
 
 
 def _gpu_of_process() -> gpu_decode.Address | None:
@@ -348,8 +348,9 @@ class _Context(ForkServerContext):
     Process = _Process
 
 
-def _context() -> ForkServerContext:
-    """A fork of this process would inherit its threads' locks; the fork server has imported the code and no more."""
+def worker_context() -> ForkServerContext:
+    """How worker processes start. A fork of this process would inherit its threads' locks; the fork server has
+    imported the code and no more."""
     _allow_children()
     context = _Context()
     context.set_forkserver_preload(["preprocessing.ingest"])

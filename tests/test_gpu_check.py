@@ -37,7 +37,7 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     assert not passed
     assert path.name.startswith("nvidia-h200-simulated-")
     written = json.loads(path.read_text())
-    assert {"device", "cores", "python", "date", "packages"} <= set(written["machine"])
+    assert {"device", "driver", "cores", "python", "time", "packages"} <= set(written["machine"])
     found = written["parts"]
     assert [outcome(found[name]) for name in ("good", "bad", "slow")] == ["passed", "failed (3)", "stopped after 2 s"]
     assert outcome(found["begun"]) == "stopped after 5 s, its figures so far kept"
@@ -66,6 +66,7 @@ def test_what_a_stopped_part_has_started_is_stopped_with_it():
 
 def test_all_its_parts_together_keep_to_the_eight_minutes():
     assert sum(part.most_s for part in gpu_check.parts("gpu")) <= gpu_check.TOTAL_S
+    assert "tests/dali_pipes/test_gpu.py" in gpu_check.parts("gpu")[0].command
     for part in gpu_check.parts("gpu"):
         assert part.command[0] == "-m" or (gpu_check.ROOT / part.command[0]).is_file()
 

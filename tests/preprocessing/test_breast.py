@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.crop_quality import DISTURBANCES, breasts, disturbed, hidden, shares
+from benchmarks.crop_quality import DISTURBANCES, disturbed, hidden, shares
+from benchmarks.drawn import breasts
 from preprocessing.breast import find_breast
 from preprocessing.phantom import Breast, Phantom, render
 

@@ -89,7 +89,7 @@ def read_table(csv: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
             value.
     """
     if not csv.is_file():
-        raise InputError(f"{csv}: no such CSV file.")
+        raise InputError(f"{csv}: no such CSV file. Give one with --csv; cli.py synth makes a set to try.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)

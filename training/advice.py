@@ -55,7 +55,7 @@ def advise(
     if shares:
         return f"The model itself limits this run; only {waiting:.1%} of the time is spent waiting for data."
     if not means:
-        return "Too short to be measured."
+        return "Too short to tell what limits it."
     if busy > BUSY_CORES:
         return f"All {cores} cores are busy ({busy:.0%}), which limits this job: {_ALL_CORES[job]}."
     return f"Only {busy:.0%} of {cores} cores are busy: reading or writing, or too few workers, limit this job."

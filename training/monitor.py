@@ -23,6 +23,7 @@ from training.gpu import GpuReader
 from training.runs import RECORDS, plain
 from training.trackers import Tracker, numbers
 
+TELLING = 3  # samples from which on they say what limits a job
 log = logging.getLogger(__name__)
 
 
@@ -135,7 +136,7 @@ class TrainingMonitor:
             **{name: round(value, 2) for name, value in sorted(figures.items())},
             "samples": self._samples,
             "shares": {phase: round(share, 4) for phase, share in shares.items()},
-            "advice": advise(shares, means, slowed, self._cores, self._job),
+            "advice": advise(shares, means if self._samples >= TELLING else {}, slowed, self._cores, self._job),
         }
 
     def outcome(self) -> str:

@@ -178,7 +178,7 @@ def test_summary_gives_means_and_peaks_of_every_figure():
         ({"data": 3.0, "compute": 7.0}, "30% of the time is spent waiting for data"),
         ({"data": 0.1, "transfer": 3.0, "compute": 7.0}, "copying batches"),
         ({"data": 0.1, "compute": 9.9}, "The model itself limits this run"),
-        ({}, "Too short to be measured"),
+        ({}, "Too short to tell what limits it"),
     ],
 )
 def test_advice_tells_starvation_from_saturation(monkeypatch, seconds, expected):
@@ -243,6 +243,9 @@ def test_a_job_shorter_than_the_interval_is_measured_once(tmp_path):
         pass
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["resources", "summary"]
+    summary = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["cpu_percent_mean"] >= 0
+    assert summary["advice"] == "Too short to tell what limits it."
 
 
 def test_nothing_is_written_into_a_folder_that_is_not_there(tmp_path):

@@ -116,7 +116,9 @@ def convert(
     settings = settings or ConvertSettings()
     images, out = images.absolute(), out.absolute()
     if not images.is_dir():
-        raise InputError(f"{images}: no such folder of pictures. Give one with --images; cli.py synth makes a set to try.")
+        raise InputError(
+            f"{images}: no such folder of pictures. Give one with --images; cli.py synth makes a set to try."
+        )
     listed = table.read_table(csv, columns) if csv is not None else table.walk_folder(images)
     _claim(out)
     with locked(out):

@@ -11,17 +11,25 @@ from preprocessing.errors import ConfigError
 _NOTICED = 2**30  # bytes
 
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+def pick_device(name: str) -> torch.device:
     """The device that `train.device` means; 'auto' is the process's own GPU where there is one.
+
+    Processes that torchrun started (LOCAL_RANK) take a GPU each.
 
     Raises:
         ConfigError: a GPU is asked for that is not there.
     """
-    rank = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
-    index = int(name.partition(":")[2] or rank) if name != "auto" else rank
+    named = name.partition(":")[2]
+    index = int(named or rank)
+    if count and not named and index >= count:
+        raise ConfigError(
+            f"torchrun started a process number {rank} here, counted from 0, and torch finds {count} NVIDIA GPU(s): "
+            f"each process needs its own, so --nproc-per-node {count} at most."
+        )
     if index >= count:
         raise ConfigError(
             f"train.device = {name}: torch finds {count} NVIDIA GPU(s) here; use --set train.device=auto, or see: "

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size`; `local_rank` counts on this machine and picks the GPU."""
+    """This process's place: `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +77,7 @@ def world(device: torch.device | None = None, timeout_s: float = 600.0) -> Itera
     if size == 1:
         yield World()
         return
-    place = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    place = World(int(os.environ["RANK"]), size)
     if dist.is_initialized():  # several folds in one call share the group
         yield place
         return

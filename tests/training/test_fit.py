@@ -343,6 +343,20 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
         pick_precision("fp16", torch.device("cpu"))
 
 
+def test_more_processes_than_gpus_are_told_how_many_to_start(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match=r"process number 2 here.* --nproc-per-node 2 at most"):
+            pick_device(name)
+    assert len(chosen) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_with_the_shells_status(store, tmp_path, monkeypatch, number):
     original = session.Session._after_step

@@ -70,7 +70,9 @@ def build_parts(
         _freeze_unused(model, config.pipeline.channels, device)
     module: nn.Module = EveryHead(model)
     if config.model.compile:
-        module.compile()
+        # Training pictures have one size, with progressive resizing one after another: each is compiled by itself. For
+        # sizes left open, torch's way from the second one on, it was not done after nine minutes of processor time.
+        module.compile(dynamic=False)
     if world.size > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
     precision = pick_precision(train.precision, device)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from preprocessing.errors import ConfigError
 from tests.training import fakes
 from training import fit, runs
+from training.build import build_parts
 from training.config import load_config
+from training.distributed import World
 from training.resizing import training_pipeline
 
 
@@ -54,3 +58,25 @@ def test_training_changes_its_size_and_validation_does_not(tmp_path, monkeypatch
     fit.fit(config, store, 0, tmp_path / "run")
     assert shapes == {True: [(32, 32), (64, 64)], False: [(64, 64), (64, 64)]}
     assert len(runs.open_run(tmp_path / "run").folds[0].records("epoch")) == 2
+
+
+def test_each_size_is_compiled_by_itself(tmp_path, monkeypatch):
+    """By torch's tracer, its code generator left out: by itself torch leaves sizes open from the second one on."""
+    sizes = []
+
+    def backend(graph, inputs):
+        assert not any(isinstance(given, torch.SymInt) for given in inputs)
+        sizes.extend(
+            given.shape[2:] for given in inputs if isinstance(given, torch.Tensor) and given.shape[:2] == (4, 1)
+        )
+        return graph.forward
+
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: original(module, backend=backend, **how))
+    config = fakes.small_config("model.compile=true", "model.weights=none")
+    rows = fakes.make_store(tmp_path / "store").manifest
+    drawn = {"negative": 1, "positive": 1}
+    parts, _ = build_parts(config, torch.device("cpu"), World(), rows, drawn, batches=2, seed=0)
+    for side in (32, 64, 32):
+        parts.module(torch.zeros(4, 1, side, side))
+    assert sizes == [(32, 32), (64, 64)]

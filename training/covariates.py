@@ -148,7 +148,7 @@ def _patients_parted(names: Sequence[str], breasts: pd.DataFrame) -> NDArray[np.
     if count < 2:
         raise RunError(
             f"covariates {', '.join(names)}: a single fold's figures need at least two patients with and two without "
-            "cancer in it. Train more folds, or leave them out with --covariates none."
+            "cancer in it. Train more folds, or leave them out: evaluate --covariates none."
         )
     parts = np.zeros(len(breasts), np.int64)
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)

@@ -5,18 +5,25 @@ Nothing heavy is imported here: a command imports what it needs when it is calle
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click.core import ParameterSource
 
 from preprocessing.errors import InputError, UserError
 
 STORE = Path("store")
 RUN = Path("runs/default")
 RSNA = Path("data/rsna")
+# What a disk, a quota, rights or a wrong name make impossible; any other OSError is a fault of ours.
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 
 
 class _Command(click.RichCommand):
@@ -39,6 +46,11 @@ class _Command(click.RichCommand):
             if show_traceback:
                 raise
             click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            if show_traceback or error.errno not in _DISK or not error.filename:
+                raise
+            click.echo(f"Error: {error.filename}: cannot be read or written: {error.strerror}.", err=True)
             ctx.exit(2)
 
 
@@ -352,7 +364,13 @@ def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None
 @click.option(
     "--images", type=_PATH, default=None, help=f"Predict a folder of pictures.  [default: {RSNA}/test_images]"
 )
-@click.option("--csv", "table", type=_PATH, default=None, help=f"Their table.  [default: {RSNA}/test.csv]")
+@click.option(
+    "--csv",
+    "table",
+    type=_PATH,
+    default=None,
+    help=f"Their table.  [default: {RSNA}/test.csv, or none with --images or --store]",
+)
 @click.option("--out", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write.")
 @click.option("--tta/--no-tta", default=False, help="Average each prediction with its left-right mirror image's.")
 @click.option("--all-windows", is_flag=True, help="Average each prediction over the file's own windows.")
@@ -497,6 +515,8 @@ def run(
     from training.config import load_config
     from training.workflow import Job, run_all
 
+    if not test_csv.is_file() and ctx.get_parameter_source("test_csv") is not ParameterSource.DEFAULT:
+        raise InputError(f"--test-csv {test_csv}: no such CSV file.")
     job = Job(
         images=images,
         table=table,

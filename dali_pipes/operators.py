@@ -71,7 +71,8 @@ def in_torch(function: Callable[..., torch.Tensor], *inputs: Any, device: str) -
     On a GPU it runs in a stream of its own: in torch's default one it would stand behind all that training has queued
     there, and the wait for its end, since DALI goes on in yet another stream, would be one for training's.
     """
-    stream = torch.cuda.Stream(Pipeline.current().device_id) if device == "gpu" else None
+    pipeline: Any = Pipeline.current()
+    stream = torch.cuda.Stream(pipeline.device_id) if device == "gpu" else None
 
     def run(*columns: Any) -> Any:
         with torch.cuda.stream(stream):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,9 @@ def test_main_job_command_by_command(work):
 def test_run_skips_what_is_done_and_unchanged(tmp_path):
     assert call("synth", "--out", tmp_path / "rsna", "--patients", 8, "--seed", 3, "-q").exit_code == 0
     data = tmp_path / "rsna"
+    images, table = data / "train_images", data / "train.csv"
+    made = call("convert", "--images", images, "--csv", table, "--out", tmp_path / "store", "--codec", "none", "-q")
+    assert made.exit_code == 0, made.output  # a store keeps its own codec
     job = [
         *("run", "--images", data / "train_images", "--csv", data / "train.csv", "--store", tmp_path / "store"),
         *("--test-images", data / "test_images", "--test-csv", data / "test.csv", "--out", tmp_path / "run"),
@@ -106,6 +111,54 @@ def test_run_skips_what_is_done_and_unchanged(tmp_path):
     third = call(*job)
     assert "train fold 0" in third.output.split("Unchanged")[1]
     assert (tmp_path / "submission.csv").read_bytes() == made
+
+    absent = next((data / "test_images").rglob("*.dcm"))
+    absent.rename(tmp_path / "kept.dcm")
+    assert call(*job).exit_code == 3
+    assert "predict" not in call(*job).output.split("Unchanged")[1]  # tried again as long as something falls back
+    (tmp_path / "kept.dcm").rename(absent)
+    assert call(*job).exit_code == 0
+    assert (tmp_path / "submission.csv").read_bytes() == made
+
+    # Other folds: what was trained on the old ones is set aside.
+    shutil.copytree(tmp_path / "run" / "fold1", tmp_path / "run" / "fold2")
+    before = (tmp_path / "run" / "fold0" / "validation.csv").read_bytes()
+    assert call("folds", "--store", tmp_path / "store", *TINY, "--set=data.seed=7", "-q").exit_code == 0
+    other = call(*job)
+    assert other.exit_code == 0, other.output
+    assert (tmp_path / "run" / "fold0" / "validation.csv").read_bytes() != before
+    (aside,) = (tmp_path / "run").glob("fold0.replaced-*")
+    assert (aside / "validation.csv").read_bytes() == before
+    assert not (tmp_path / "run" / "fold2").exists()
+
+    assert "tset.csv: no such CSV file" in fails(*job, "--test-csv", data / "tset.csv")
+
+
+@pytest.mark.parametrize("command", ["synth", "convert", "augment-preview"])
+def test_output_that_cannot_be_written_is_one_line(work, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    options = {
+        "synth": ["--patients", 1],
+        "convert": ["--images", work / "rsna" / "train_images", "--csv", work / "rsna" / "train.csv"],
+        "augment-preview": ["--store", work / "store"],
+    }
+    assert str(tmp_path / "file") in fails(command, "--out", out, *options[command], "-q")
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(work, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("preprocessing.manifest.os.fsync", full)
+    shutil.copytree(work / "store", tmp_path / "store")
+    told = fails("folds", "--store", tmp_path / "store", *TINY, "-q")
+    assert told == f"Error: {tmp_path / 'store' / 'folds.csv'}: cannot be read or written: No space left on device."
+
+
+def test_a_folder_is_no_submission(work, tmp_path):
+    told = fails("predict", "--runs", tmp_path, "--store", work / "store", "--out", tmp_path, "-q")
+    assert f"{tmp_path}: a folder; name the file to write" in told
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -79,7 +79,7 @@ def open_ensemble(
         pipeline = config.pipeline.model_copy(update={"augment": PipelineSettings().augment})  # never used here
         key = f"{pipeline.model_dump_json()} {config.data.loader.val_batch_size}"
         grouped.setdefault(key, []).append((number, fold))
-    pictures = [pd.concat([fold.validation for fold in found], ignore_index=True) for found in by_run]
+    pictures = [runs.held_out(found, folder) for found, folder in zip(by_run, folders, strict=True)]
     aggregates = [_aggregate(aggregate, found, each) for found, each in zip(by_run, pictures, strict=True)]
     held_out = [metrics.per_breast(each, way) for each, way in zip(pictures, aggregates, strict=True)]
     taken = [

@@ -102,17 +102,10 @@ def out_of_fold(run: Run) -> pd.DataFrame:
     Raises:
         RunError: none there, or a patient in two folds.
     """
-    parts = [fold.validation for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
-    if not parts:
+    judged = [fold for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
+    if not judged:
         raise RunError(f"{run.root}: no fold has finished its first epoch; train with --resume first.")
-    frame = pd.concat(parts, ignore_index=True)
-    doubled = frame["image_id"].duplicated()
-    if doubled.any():
-        raise RunError(
-            f"{run.root}: picture {frame.loc[doubled, 'image_id'].iloc[0]} was held out in two folds, so the folds "
-            "were not trained on the same split; train them into a new folder."
-        )
-    return frame
+    return runs.held_out(judged, run.root)
 
 
 def with_covariates(breasts: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -6,6 +6,7 @@ places between folds wherever that makes the folds more alike, cancer counting m
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 
@@ -92,7 +93,22 @@ def read_or_make_folds(store: Store, settings: DataSettings) -> pd.DataFrame:
     if not (store.root / FOLDS_FILE).is_file():
         log.info("%s has no folds yet: splitting its patients into %d.", store.root, settings.folds)
         make_folds(store, settings)
-    return read_folds(store)
+    folds = read_folds(store)
+    count = folds["fold"].nunique()
+    if count != settings.folds:
+        log.warning(
+            "%s has %d folds, and data.folds = %d is not used. Make others with: python cli.py folds --store %s --set "
+            "data.folds=%d",
+            *(store.root / FOLDS_FILE, count, settings.folds, store.root, settings.folds),
+        )
+    return folds
+
+
+def held_out_digest(store: Store, fold: int) -> str:
+    """SHA-256 of the image_ids that a fold holds out, in hexadecimal: the same as long as the fold is."""
+    folds = read_folds(store)
+    held_out = sorted(folds.loc[folds["fold"] == fold, "image_id"])
+    return hashlib.sha256("\n".join(held_out).encode()).hexdigest()
 
 
 def describe_folds(store: Store, folds: pd.DataFrame) -> list[dict[str, str]]:

@@ -88,9 +88,7 @@ class TrainingMonitor:
         self._step = int(record.get("step", self._step))
         line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), "step": self._step, **record}))
         with self._lock:
-            if self._path is not None and self._path.parent.is_dir():
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            self._append(line)
             figures = numbers({name: value for name, value in record.items() if name != "step"})
             for tracker in list(self._trackers):
                 try:
@@ -98,6 +96,16 @@ class TrainingMonitor:
                 except Exception as error:  # noqa: BLE001 - a server that is away; each tracker has errors of its own
                     self._trackers.remove(tracker)
                     log.warning("%s failed and is left out from here on: %s", type(tracker).__name__, error)
+
+    def _append(self, line: str) -> None:
+        if self._path is None or not self._path.parent.is_dir():
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            log.warning("%s: no more is written: %s.", self._path, error.strerror)
+            self._path = None
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -141,7 +149,11 @@ class TrainingMonitor:
 
     def outcome(self) -> str:
         """The summary for a person: means, peaks and the advice, a line or two."""
+        if not self._samples:
+            self._take()
         found = self.summary()
+        if not self._samples:
+            return str(found["advice"])
         words = [
             f"{found['cpu_percent_mean'] / 100:.1f} of {self._cores} cores on average",
             f"at most {_gib(found['rss_mb_peak'])} of RAM",

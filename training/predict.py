@@ -134,6 +134,8 @@ def predict(
     """
     if (store is None) == (images is None):
         raise InputError("predict takes either a store (--store) or a folder of pictures (--images).")
+    if out.is_dir():
+        raise InputError(f"{out}: a folder; name the file to write, such as {out / 'submission.csv'}.")
     models = [model] if isinstance(model, Path) else list(model or ())
     if models and folders:
         raise InputError("predict takes runs (--runs) or exported models (--model), not both.")

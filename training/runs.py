@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +127,22 @@ def folds_of(folder: Path) -> list[FoldRun]:
     return list(open_run(folder).folds)
 
 
+def held_out(folds: Sequence[FoldRun], where: str | Path) -> pd.DataFrame:
+    """Validation predictions of folds of one split, a row a picture; `where` is named in errors.
+
+    Raises:
+        RunError: a picture was held out in two of them.
+    """
+    frame = pd.concat([fold.validation for fold in folds], ignore_index=True)
+    doubled = frame["image_id"].duplicated()
+    if doubled.any():
+        raise RunError(
+            f"{where}: picture {frame.loc[doubled, 'image_id'].iloc[0]} was held out in two folds, so the folds "
+            "were not trained on the same split; train them into a new folder."
+        )
+    return frame
+
+
 def continues(folder: Path, config: Config, store: Store) -> bool:
     """Whether a fold's folder is there and was begun with this configuration and store."""
     return (folder / CONFIG).is_file() and not mismatch(folder, config, store)
@@ -143,12 +160,16 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         was["batch_size"] = now["batch_size"]
     if saved["train"].get("auto_batch") and wanted["train"]["auto_batch"]:  # the size that was found stays
         was["batch_size"] = now["batch_size"]
-    from training import checkpoint  # brings torch, which those that only read or watch a run do without
+    # They bring torch and scikit-learn, which those that only read or watch a run do without.
+    from training import checkpoint
+    from training.folds import held_out_digest
 
     found = checkpoint.differences(saved, wanted)
     begun_on = environment.get("store_fingerprint")
     if begun_on != store.fingerprint:
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
+    elif "held_out" in environment and environment["held_out"] != held_out_digest(store, environment["fold"]):
+        found.append(f"folds: fold {environment['fold']} of {store.root} holds other pictures out than it did")
     return found
 
 

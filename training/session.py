@@ -27,6 +27,7 @@ from training.config import Config
 from training.console import clock
 from training.distributed import World
 from training.environment import describe
+from training.folds import held_out_digest
 from training.loop import Batch, FiniteGuard, Position, train_epoch, validate
 from training.resizing import training_pipeline
 from training.signals import StopSignal
@@ -116,8 +117,10 @@ class Session:
                 pretrained=saved is None,
             )
             self.at.loss_sum = torch.zeros((), device=device)
+            # Before anything is written: a tracker that is not installed says so.
+            monitor = open_monitor(self.folder, config, self.place, saved[1]["step"] if saved else 0)
             self._begin(saved, weights)
-            self.monitor = stack.enter_context(open_monitor(self.folder, config, self.place, self.at.step))
+            self.monitor = stack.enter_context(monitor)
             self._resources = stack.pop_all()
         return self
 
@@ -286,6 +289,7 @@ class Session:
                 runs.drop_records_after(self.folder / runs.RECORDS, described["step"])
         elif self.place.is_main:
             environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
+            environment["held_out"] = held_out_digest(self.store, self.fold)
             environment["training"] = {
                 "images": len(self.training),
                 "machines": sorted(self.training["machine_id"].unique().tolist()),
@@ -357,7 +361,9 @@ class Session:
 
     def _leave(self) -> None:
         self._save()
-        log.warning("Stopped by %s; everything is saved. Continue with --resume.", self.stop.name)
+        log.warning(
+            "Stopped by %s; everything is saved. `train` goes on with --resume, `run` as it is.", self.stop.name
+        )
         raise SystemExit(self.stop.status)
 
     def _finish(self, stopped_early: bool) -> FitSummary:
@@ -373,6 +379,7 @@ class Session:
         )
         if self.place.is_main:
             runs.write_json(self.folder / runs.SUMMARY, asdict(summary))
+            log.info(self.monitor.outcome())
         return summary
 
     def _lr(self) -> float:

@@ -70,6 +70,7 @@ class WandbTracker(Tracker):
             import wandb  # pyright: ignore[reportMissingImports] - an extra
         except ImportError:
             raise ConfigError("monitor.wandb: needs Weights & Biases; install it with: pip install wandb") from None
+        folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project="mammopipe", name=name, dir=str(folder), config=dict(parameters), id=identity, resume="allow"
         )
@@ -97,15 +98,16 @@ def open_trackers(folder: Path, config: Config, step: int = 0) -> Sequence[Track
     name, parameters = f"{folder.parent.name}-{folder.name}", flatten(config.model_dump(mode="json"))
     path = folder / "trackers.json"
     known = runs.read_json(path) if step and path.is_file() else {}
-    if config.monitor.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard", step))
     named: dict[str, MLflowTracker | WandbTracker] = {}
     if config.monitor.mlflow:
         named["mlflow"] = MLflowTracker(name, parameters, known.get("mlflow"))
     if config.monitor.wandb:
         named["wandb"] = WandbTracker(name, folder, parameters, known.get("wandb"))
     if named:
+        folder.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, {kind: tracker.identity for kind, tracker in named.items()})
+    if config.monitor.tensorboard:  # writes at once, so only after the others have found their packages
+        trackers.append(TensorBoardTracker(folder / "tensorboard", step))
     return [*trackers, *named.values()]
 
 

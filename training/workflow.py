@@ -86,12 +86,19 @@ def run_all(job: Job, console: Console) -> Outcome:
     for path in (job.images, job.table):
         if not path.exists():
             raise InputError(f"{path}: not there. Make a synthetic data set with: python cli.py synth")
+    if not job.test_table.exists():
+        console.print(f"{job.test_table}: no such CSV file, so that nothing is predicted.")
+    elif not job.test_images.is_dir():
+        raise InputError(f"{job.test_images}: no such folder of pictures to predict.")
     converted = steps.always("convert", lambda: _convert(job, console))
     store = open_store(job.store)
     data = _digest(store.fingerprint, job.config.data.model_dump_json())
     steps.once("folds", data, [job.store / "folds.csv"], lambda: folds.make_folds(store, job.config.data))
     numbers = sorted(int(fold) for fold in folds.read_folds(store)["fold"].unique())
     trained = _digest(data, configuration.dump(job.config), _file_digest(job.store / "folds.csv"))
+    for folder in job.run.glob("fold*"):
+        if folder.name.removeprefix("fold").isdigit() and int(folder.name.removeprefix("fold")) not in numbers:
+            _set_aside(folder, "belongs to other folds", console)
     for fold in numbers:
         folder = job.run / f"fold{fold}"
         steps.once(
@@ -102,11 +109,12 @@ def run_all(job: Job, console: Console) -> Outcome:
     steps.once("evaluate", evaluated, [metrics], lambda: _evaluate(job, store))
     exit_code, files = 0, {}
     if job.test_table.exists():
-        wanted = _digest(
-            evaluated, _file_digest(job.test_table), str(job.test_images.resolve()), str(job.submission.resolve())
-        )
+        where = (str(job.test_images.resolve()), str(job.submission.resolve()))
+        wanted = _digest(evaluated, _file_digest(job.test_table), *where, *_listing(job.test_images))
         result = steps.once("predict", wanted, [job.submission], lambda: _predict(job, console))
         exit_code = steps.remember("exit code of predict", result.exit_code if result else None)
+        if exit_code:  # some breast fell back, which may be mended by the next call
+            steps.remember("predict", "")
         files["submission"] = job.submission
     steps.once(
         "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
@@ -122,18 +130,34 @@ def run_all(job: Job, console: Console) -> Outcome:
     )
 
 
+def _listing(folder: Path) -> Iterator[str]:
+    """What tells whether files changed: each one's name, size and time."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            status = path.stat()
+            yield f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}"
+
+
 def _convert(job: Job, console: Console) -> conversion.ConvertSummary:
+    # A store that is there keeps its own levels and codec, which `convert` was asked for.
+    there = (job.store / "store.json").is_file()
+    settings = open_store(job.store, finished=False).settings if there else job.settings
     with watched(console, "Converting", "files", "convert", job.store) as (_, advance):
-        return conversion.convert(job.images, job.table, job.store, job.settings, progress=advance)
+        return conversion.convert(job.images, job.table, job.store, settings, progress=advance)
+
+
+def _set_aside(folder: Path, why: str, console: Console) -> None:
+    """Nothing is thrown away."""
+    replaced = folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.rename(replaced)
+    console.print(f"{folder} {why}; it is now {replaced.name}.")
 
 
 def _train(job: Job, store: Store, fold: int, console: Console) -> fit.FitSummary:
     folder = job.run / f"fold{fold}"
     resume = runs.continues(folder, job.config, store)
-    if folder.exists() and not resume:  # trained on something else: nothing is thrown away
-        replaced = folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(replaced)
-        console.print(f"{folder} was made with another configuration or store; it is now {replaced.name}.")
+    if folder.exists() and not resume:
+        _set_aside(folder, "was made with another configuration, store or split", console)
     return fit.fit(job.config, store, fold, job.run, resume=resume, command=shlex.join(sys.argv), console=console)
 
 

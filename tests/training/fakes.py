@@ -159,6 +159,9 @@ class FakeMonitor:
     def line(self):
         return ""
 
+    def outcome(self):
+        return ""
+
     def summary(self):
         return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,13 @@ def test_runs_that_held_out_other_breasts_cannot_be_weighed(tmp_path: Path):
         open_ensemble([one, other], "cpu", weights="fitted")
     with pytest.raises(InputError, match="expected 2 numbers"):
         open_ensemble([one, other], "cpu", weights=[1])
+
+
+def test_folds_of_different_splits_are_no_ensemble(tmp_path):
+    run = make_run(tmp_path / "run")
+    shutil.copytree(run / "fold1", run / "fold2")
+    with pytest.raises(RunError, match="run: picture 10CC was held out in two folds"):
+        open_ensemble([run], "cpu")
 
 
 def test_breasts_of_one_run_alone_are_judged_by_that_run(tmp_path: Path):

@@ -315,6 +315,19 @@ def test_another_store_is_refused(store, tmp_path):
     assert runs.continues(tmp_path / "run" / "fold0", config, store)
 
 
+def test_other_folds_are_refused(store, tmp_path):
+    config = fakes.small_config("train.epochs=1")
+    fit.fit(config, store, 0, tmp_path / "run")
+    kept = (store.root / "folds.csv").read_text()
+    folds.make_folds(store, config.data.model_copy(update={"seed": 1}))
+    assert (store.root / "folds.csv").read_text() != kept
+    with pytest.raises(RunError, match=r"folds: fold 0 of .* holds other pictures out"):
+        fit.fit(config, store, 0, tmp_path / "run", resume=True)
+    assert not runs.continues(tmp_path / "run" / "fold0", config, store)
+    (store.root / "folds.csv").write_text(kept)
+    fit.fit(config, store, 0, tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "text"])
 def test_a_damaged_model_is_refused(store, tmp_path, damage):
     fit.fit(fakes.small_config("train.epochs=1"), store, 0, tmp_path / "run")

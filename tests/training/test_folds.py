@@ -121,7 +121,9 @@ def test_missing_folds_are_made_when_asked_for(store_of, caplog):
     assert "no folds yet" in caplog.text
     assert made.equals(folds.read_folds(store))
     # Those there are kept, whatever the settings now say.
+    assert "data.folds" not in caplog.text
     assert folds.read_or_make_folds(store, DataSettings(folds=5)).equals(made)
+    assert "has 3 folds, and data.folds = 5 is not used. Make others with: python cli.py folds" in caplog.text
 
 
 def test_images_without_a_fold_are_counted(store_of):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from preprocessing.errors import RunError
 from preprocessing.progress import Progress
 from training.advice import advise
 from training.config import MonitorSettings
@@ -246,6 +247,17 @@ def test_a_job_shorter_than_the_interval_is_measured_once(tmp_path):
     summary = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert summary["cpu_percent_mean"] >= 0
     assert summary["advice"] == "Too short to tell what limits it."
+
+
+def test_a_disk_that_is_full_ends_no_job_and_hides_no_error(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    kept = Kept()
+    monitor = TrainingMonitor(tmp_path, FAST, [kept])
+    with pytest.raises(RunError, match="one clear line"), monitor:
+        raise RunError("one clear line")
+    assert kept.seen[-1][0] == "summary"
+    told = [record.getMessage() for record in caplog.records if "no more is written" in record.getMessage()]
+    assert told == [f"{tmp_path / 'metrics.jsonl'}: no more is written: No space left on device."]
 
 
 def test_nothing_is_written_into_a_folder_that_is_not_there(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,11 @@ def main() -> None:
 
     Start with `synth`, `convert`, `folds`, `train`, `evaluate`, `predict`, `report`, or let `run` do all of it.
     """
+
+
+def _end(number: int, _: Any) -> None:
+    """End as an exception does, so that what was opened is closed and temporary files go."""
+    sys.exit(128 + number)
 
 
 def _console(ctx: click.Context, directory: Path | None = None) -> Any:
@@ -423,6 +429,7 @@ def predict(
         raise InputError("predict takes --store or --images, not both.")
     if store is None and images is None:
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
+    signal.signal(signal.SIGTERM, _end)
     with _console(ctx) as console, watched(console, "Predicting", "images", "predict") as (monitor, advance):
         summary = prediction.predict(
             list(runs) or ([] if models else [RUN]),

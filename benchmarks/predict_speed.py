@@ -139,6 +139,7 @@ def make_run(root: Path, config: Config) -> Path:
     settings = ConvertSettings().model_dump(mode="json")
     runs.begin(folder, config, {"fold": 0, "store_settings": settings})
     runs.save_best(folder, build_model(config.model, config.pipeline.channels), {"fold": 0})
+    runs.write_json(folder / runs.SUMMARY, {"fold": 0})
     validation = pd.DataFrame({"image_id": ["a", "b"], "patient_id": ["1", "2"], "laterality": "L", "view": "CC"})
     validation = validation.assign(prediction_id=["1_L", "2_L"], cancer=[0, 1], prediction=[0.2, 0.8], machine_id="49")
     runs.write_table(folder / runs.VALIDATION, validation.assign(site_id="1", age=60, density="B", implant=0, fold=0))

@@ -4,6 +4,7 @@ on the breasts that no model learnt from."""
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from training.blend import fit_aggregate, fit_weights
 from training.device import pick_device, pick_precision
 from training.ensemble import Ensemble, Group, Member
 from training.runs import FoldRun
+
+log = logging.getLogger(__name__)
 
 Weights = Sequence[float] | Literal["fitted"] | None  # a run each
 Aggregate = Literal["run", "mean", "max", "noisy_or", "fitted"]
@@ -58,8 +61,8 @@ def open_ensemble(
             predictions; None for each run's own.
 
     Raises:
-        RunError: a run is missing, unfinished or damaged, covariates cannot be fitted, or the runs were trained on
-            stores converted differently.
+        RunError: a run is missing, has a fold that has not finished its first epoch, or is damaged, covariates cannot
+            be fitted, or the runs were trained on stores converted differently.
         InputError: impossible weights, or the same run twice.
         ConfigError: a GPU is asked for that is not there.
     """
@@ -72,6 +75,9 @@ def open_ensemble(
         keep_freed_memory()
     by_run = [runs.folds_of(Path(folder)) for folder in folders]
     folds = [(number, fold) for number, found in enumerate(by_run) for fold in found]
+    late = [str(fold.folder) for _, fold in folds if not fold.finished]
+    if late:
+        log.warning("Training has not finished in %s: the best epoch so far is taken.", ", ".join(late))
     settings = _common_settings([fold for _, fold in folds])
     grouped: dict[str, list[tuple[int, FoldRun]]] = {}
     for number, fold in folds:
@@ -132,7 +138,9 @@ def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Grou
         channels_last = fold.config.model.channels_last
         if channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        precision = pick_precision(fold.config.train.precision, device)
+        trained = fold.config.train.precision
+        # The weights are float32; a CPU's convolutions have no float16 to autocast to.
+        precision = pick_precision("fp32" if trained == "fp16" and device.type == "cpu" else trained, device)
         loaded.append(Member(number, described["sha256"], model, precision, channels_last))
     return Group(config.pipeline, loader, config.data.seed, tuple(loaded))
 

@@ -236,7 +236,7 @@ def _scalar(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+    if isinstance(value, str) and text.lstrip()[:1] not in ("'", '"'):  # YAML 1.1 reads 3e-4 as text
         try:
             return float(value)
         except ValueError:

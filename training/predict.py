@@ -9,6 +9,7 @@ else on the share of cancers in training, and is listed. Files written, each ato
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from preprocessing import ingest
 from preprocessing import table as tables
 from preprocessing.errors import InputError
 from preprocessing.manifest import open_store
@@ -129,7 +131,8 @@ def predict(
     Raises:
         InputError: neither or both of `store` and `images`, runs and a model at once, `explain` of a model, or a table
             that does not hold what it must.
-        RunError: a run is missing, unfinished or damaged, or memory ran out or the GPU failed.
+        RunError: a run is missing, has a fold that has not finished its first epoch, or is damaged, or memory ran out
+            or the GPU failed.
         StoreError: no store, or one that was converted otherwise than the runs' own.
     """
     if (store is None) == (images is None):
@@ -163,7 +166,8 @@ def predict(
         files = listed if listed is not None else tables.walk_folder(images)
         ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
         asked = asked_by_table(files)
-        kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows)))
+        overlays = (str(explain.resolve()), explain_threshold, explain_method) if explain is not None else None
+        kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows, overlays)))
         settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decode_on})
         chunks = stream(images, files, listed is not None, settings, ensemble.batch, kept.position, workers)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -258,8 +262,8 @@ def _run(
     )
 
 
-def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, averaged: tuple[bool, bool]) -> str:
-    """Everything that a stream's predictions depend on."""
+def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, asked: tuple[Any, ...]) -> str:
+    """Everything that a stream's predictions depend on, the files' sizes and times included."""
     listing = files.to_csv(index=False) if from_csv else "\n".join(files["image_id"])
     settings = ensemble.settings.model_dump_json()
     groups = [
@@ -267,7 +271,8 @@ def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, 
         + " ".join(f"{member.run} {member.sha256} {member.precision}" for member in group.members)
         for group in ensemble.groups
     ]
-    return "\n".join([*groups, settings, str(images.resolve()), str(averaged), listing])
+    found = [ingest.identity(images, source) for source in tables.sources(images, files, from_csv)]
+    return "\n".join([*groups, settings, str(images.resolve()), str(asked), listing, json.dumps(found)])
 
 
 def _explain(

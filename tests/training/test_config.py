@@ -11,6 +11,12 @@ from preprocessing.settings import ConvertSettings
 from training.config import CFG, Config, checked, dump, load_config, presets, validate
 
 
+def test_a_quoted_number_stays_text():
+    config = load_config(None, ("pipeline.patch_level='2048'",))
+    assert config.pipeline.patch_level == "2048"
+    assert load_config(None, ("train.lr=3e-4",)).train.lr == 3e-4
+
+
 def test_defaults_are_the_missions():
     assert CFG.model.backbone == "efficientnet_b3"
     assert (CFG.pipeline.height, CFG.pipeline.width) == (512, 512)

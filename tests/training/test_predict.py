@@ -465,6 +465,52 @@ def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path):
         open_ensemble([begun], "cpu")
 
 
+def test_a_run_that_still_trains_is_told_of(run: Path, caplog: pytest.LogCaptureFixture):
+    open_ensemble([run], "cpu")
+    assert "Training has not finished" in caplog.text  # the summary, which `train` writes last, is not there
+    caplog.clear()
+    for fold in runs.open_run(run).folds:
+        runs.write_json(fold.folder / runs.SUMMARY, {})
+    try:
+        open_ensemble([run], "cpu")
+    finally:
+        for fold in runs.open_run(run).folds:
+            (fold.folder / runs.SUMMARY).unlink()
+    assert "Training has not finished" not in caplog.text
+
+
+def test_what_was_trained_in_float16_predicts_on_a_cpu_in_float32(tmp_path: Path):
+    ensemble = open_ensemble([make_run(tmp_path / "run", "train.precision=fp16")], "cpu")
+    assert {member.precision for group in ensemble.groups for member in group.members} == {torch.float32}
+
+
+def test_what_was_predicted_is_not_taken_up_when_a_file_has_changed_since(
+    data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images = tmp_path / "images"
+    shutil.copytree(data / "test_images", images)
+    first = min(images.rglob("*.dcm"), key=lambda path: path.stem)
+    whole = first.read_bytes()
+    first.write_bytes(whole[:2000])
+    monkeypatch.setattr(intake, "_FIRST_ROWS", 8)
+    out = tmp_path / "submission.csv"
+    source = {"images": images, "csv": data / "test.csv", "device": "cpu", "workers": 1}
+    kept, add = [], Partial.add
+
+    def interrupted(self, part):
+        add(self, part)
+        kept.append(part.position)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict([run], out, **source)
+    first.write_bytes(whole)
+    assert predict([run], out, **source).problems == 0
+
+
 def test_what_is_written_can_be_told_apart_from_what_was_there(data: Path, run: Path, tmp_path: Path):
     """A failure in the middle leaves the old submission whole."""
     out = tmp_path / "submission.csv"

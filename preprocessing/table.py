@@ -76,13 +76,14 @@ def stem(name: str) -> str:
     return front if ending.lower() in _SUFFIXES or ending[1:].isalpha() else base
 
 
-def read_table(csv: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> pd.DataFrame:
     """The source CSV as text, one row a picture, with `image_id` (where the CSV has none, the stem of `file`, or its
     path where two files share a stem).
 
     Args:
         csv: the file.
         columns: how another data set's columns are taken; see `mapping.map_columns`. Rows of one picture become one.
+        labels: `cancer`, `implant` and `age` must be what they should; without it a cell that is not counts as empty.
 
     Raises:
         InputError: the file is missing, empty or no CSV, lacks a column, names an image twice, or has an impossible
@@ -112,7 +113,7 @@ def read_table(csv: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         table["image_id"] = _named_after(table["file"])
     if columns:
         table = one_row_a_picture(table)
-    _check(table, csv)
+    _check(table, csv, labels)
     return table
 
 
@@ -213,7 +214,7 @@ def extra_value(row: Mapping[str, str], column: str, kind: pa.DataType) -> Any:
     return row.get(column, "")
 
 
-def _check(table: pd.DataFrame, csv: Path) -> None:
+def _check(table: pd.DataFrame, csv: Path, labels: bool) -> None:
     """Ids are there and unique, values are possible; the first that is not is an `InputError` with its line."""
     import pandera.pandas as pandera
 
@@ -240,6 +241,8 @@ def _check(table: pd.DataFrame, csv: Path) -> None:
         "age": pandera.Column(checks=allows(numeric, "a number or an empty cell"), required=False),
         "laterality": pandera.Column(checks=allows(side, "L, R or an empty cell"), required=False),
     }
+    if not labels:
+        columns = {name: column for name, column in columns.items() if name not in ("cancer", "implant", "age")}
     try:
         pandera.DataFrameSchema(columns).validate(table, lazy=True)
     except pandera.errors.SchemaErrors as errors:

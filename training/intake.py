@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import tempfile
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,15 +60,17 @@ def from_store(store: Store, listed: pd.DataFrame | None = None) -> Chunk:
     return Chunk(store, rows.sort_values("image_id", ignore_index=True), len(rows) + len(failed), failed)
 
 
-def narrowed(settings: ConvertSettings, longest_side: int) -> ConvertSettings:
+def narrowed(settings: ConvertSettings, longest_side: int, also: Collection[str] = ()) -> ConvertSettings:
     """The same conversion without the levels that are larger than any that the loader would choose, and uncompressed.
 
-    Each level is made from the source's own resolution, so the ones that stay have the same pixels.
+    Each level is made from the source's own resolution, so the ones that stay have the same pixels. `also` stay: those
+    that patches are read from.
     """
     enough = [level for level in settings.levels if level != FULL and int(level) >= longest_side]
     kept = settings.levels
     if enough:
-        kept = tuple(level for level in settings.levels if level != FULL and int(level) <= int(enough[-1]))
+        most = int(enough[-1])
+        kept = tuple(each for each in settings.levels if each in also or (each != FULL and int(each) <= most))
     return settings.model_copy(update={"levels": kept, "codec": "none"})
 
 

@@ -152,7 +152,7 @@ def predict(
         )
     if models and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
-    listed = tables.read_table(csv) if csv is not None else None
+    listed = tables.read_table(csv, labels=False) if csv is not None else None
     if store is not None:
         opened = open_store(store)
         ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
@@ -168,7 +168,9 @@ def predict(
         asked = asked_by_table(files)
         overlays = (str(explain.resolve()), explain_threshold, explain_method) if explain is not None else None
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows, overlays)))
-        settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decode_on})
+        patched = {group.pipeline.patch_level for group in ensemble.groups} - {None}
+        settings = narrowed(ensemble.settings, ensemble.longest_side, patched)
+        settings = settings.model_copy(update={"decode_on": decode_on})
         chunks = stream(images, files, listed is not None, settings, ensemble.batch, kept.position, workers)
     out.parent.mkdir(parents=True, exist_ok=True)
     after = None

@@ -479,6 +479,22 @@ def test_a_run_that_still_trains_is_told_of(run: Path, caplog: pytest.LogCapture
     assert "Training has not finished" not in caplog.text
 
 
+def test_patches_are_predicted_from_files_as_from_a_store(data: Path, tmp_path: Path):
+    run = make_run(tmp_path / "run", "pipeline.patch_level='256'")
+    for name, source in {"store": {"store": data / "store"}, "files": {"images": data / "test_images"}}.items():
+        predict([run], tmp_path / f"{name}.csv", csv=data / "test.csv", device="cpu", **source)
+    assert (tmp_path / "files.csv").read_bytes() == (tmp_path / "store.csv").read_bytes()
+
+
+def test_labels_and_ages_that_are_none_do_not_stop_a_prediction(
+    data: Path, run: Path, through_store: Path, tmp_path: Path
+):
+    table = pd.read_csv(data / "test.csv", dtype=str).assign(cancer="0.02", age="89+")
+    table.to_csv(tmp_path / "test.csv", index=False)
+    predict([run], tmp_path / "s.csv", images=data / "test_images", csv=tmp_path / "test.csv", device="cpu")
+    assert (tmp_path / "s.csv").read_bytes() == through_store.read_bytes()
+
+
 def test_what_was_trained_in_float16_predicts_on_a_cpu_in_float32(tmp_path: Path):
     ensemble = open_ensemble([make_run(tmp_path / "run", "train.precision=fp16")], "cpu")
     assert {member.precision for group in ensemble.groups for member in group.members} == {torch.float32}

@@ -28,7 +28,8 @@ FREE = (
     "train.checkpoint_minutes",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
-    "train.compile",
+    "model.compile",
+    "model.gradient_checkpointing",
     "train.covariates",  # fitted after training
     "data.loader.threads",
     "data.loader.prefetch",

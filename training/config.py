@@ -83,7 +83,7 @@ class TrainSettings(_Settings):
         default=0.25, ge=-1, le=1, description="Weight of the positive class in the focal loss; -1 for none."
     )
     focal_gamma: float = Field(default=2.0, ge=0, le=10, description="Focusing exponent.")
-    class_weights: Literal["none", "balanced"] | float = Field(
+    class_weights: Literal["none", "balanced"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default="none", description="Weight of positives: none, the inverse frequency of what is drawn, or a number."
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Label smoothing.")
@@ -127,6 +127,12 @@ class TrainSettings(_Settings):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="'auto', 'cpu', 'cuda' or 'cuda:N'."
     )
+
+    @model_validator(mode="after")
+    def _alpha_is_one(self) -> TrainSettings:
+        if -1 < self.focal_alpha < 0:
+            raise ValueError(f"focal_alpha = {self.focal_alpha:g}: between 0 and 1, or -1 for none")
+        return self
 
 
 class MonitorSettings(_Settings):

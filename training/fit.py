@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,4 +161,7 @@ def _look(folder: Path, config: Config, store: Store, resume: bool) -> FitSummar
             f"{folder}: it was begun with something else ({'; '.join(differences)}). Resume it with what it was begun "
             f"with (--config {folder / runs.CONFIG} --store ...), or name another folder with --out."
         )
-    return FitSummary(**runs.read_json(folder / runs.SUMMARY)) if (folder / runs.SUMMARY).is_file() else None
+    if not (folder / runs.SUMMARY).is_file():
+        return None
+    summary = FitSummary(**runs.read_json(folder / runs.SUMMARY))
+    return summary if summary.value is not None else replace(summary, value=math.nan)  # which JSON lacks

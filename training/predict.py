@@ -168,7 +168,7 @@ def predict(
         asked = asked_by_table(files)
         overlays = (str(explain.resolve()), explain_threshold, explain_method) if explain is not None else None
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows, overlays)))
-        patched = {group.pipeline.patch_level for group in ensemble.groups} - {None}
+        patched = [level for group in ensemble.groups if (level := group.pipeline.patch_level) is not None]
         settings = narrowed(ensemble.settings, ensemble.longest_side, patched)
         settings = settings.model_copy(update={"decode_on": decode_on})
         chunks = stream(images, files, listed is not None, settings, ensemble.batch, kept.position, workers)

@@ -361,6 +361,7 @@ class Session:
 
     def _leave(self) -> None:
         self._save()
+        self.place.barrier()  # torchrun ends every process as soon as one has gone
         log.warning(
             "Stopped by %s; everything is saved. `train` goes on with --resume, `run` as it is.", self.stop.name
         )

@@ -8,7 +8,23 @@ import yaml
 
 from preprocessing.errors import ConfigError
 from preprocessing.settings import ConvertSettings
+from training import checkpoint
 from training.config import CFG, Config, checked, dump, load_config, presets, validate
+
+
+@pytest.mark.parametrize("setting", ["focal_alpha=-0.5", "class_weights=-3", "class_weights=0", "class_weights=.nan"])
+def test_a_loss_that_is_none_is_refused(setting):
+    with pytest.raises(ConfigError, match=setting.split("=")[0]):
+        load_config(None, (f"train.{setting}",))
+
+
+def test_what_a_checkpoint_may_be_continued_with_is_in_the_tree():
+    tree = Config().model_dump()
+    for name in checkpoint.FREE:
+        section, _, setting = name.partition(".")
+        found = tree[section]
+        for part in filter(None, setting.split(".")):
+            found = found[part]
 
 
 def test_a_quoted_number_stays_text():

@@ -315,6 +315,16 @@ def test_another_store_is_refused(store, tmp_path):
     assert runs.continues(tmp_path / "run" / "fold0", config, store)
 
 
+def test_a_finished_fold_whose_metric_was_no_number_can_be_looked_at_again(store, tmp_path):
+    config = fakes.small_config("train.epochs=1")
+    done = fit.fit(config, store, 0, tmp_path / "run")
+    path = tmp_path / "run" / "fold0" / runs.SUMMARY
+    runs.write_json(path, runs.read_json(path) | {"value": float("nan")})
+    again = fit.fit(config, store, 0, tmp_path / "run", resume=True)
+    assert "auroc nan" in str(again)
+    assert done.epochs == again.epochs
+
+
 def test_other_folds_are_refused(store, tmp_path):
     config = fakes.small_config("train.epochs=1")
     fit.fit(config, store, 0, tmp_path / "run")

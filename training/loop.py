@@ -73,6 +73,11 @@ class Position:
     step: int = 0  # optimiser steps since the start
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(()))  # over this epoch's batches, on the device
 
+    def scheduled(self, accumulate: int) -> int:
+        """Where the learning rate's schedule stands: the steps that batches of this size would have taken so far. Other
+        than `step` it may fall, when a run goes on with larger batches on more processes."""
+        return self.epoch * -(-self.batches // accumulate) + -(-self.batch // accumulate)
+
 
 def train_epoch(
     parts: Parts,
@@ -123,7 +128,7 @@ def train_epoch(
             parts.scaler.update()
             parts.optimizer.zero_grad(set_to_none=True)
             at.step += 1
-            parts.scheduler.step_update(at.step)
+            parts.scheduler.step_update(at.scheduled(parts.accumulate))
             if parts.ema is not None:
                 parts.ema.update(parts.model, step=at.step)
         if guard.is_due():

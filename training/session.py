@@ -308,7 +308,6 @@ class Session:
             "model": parts.model.state_dict(),
             "ema": parts.ema.module.state_dict() if parts.ema is not None else None,
             "optimizer": parts.optimizer.state_dict(),
-            "scheduler": parts.scheduler.state_dict(),
             "scaler": parts.scaler.state_dict(),
             "position": {
                 "epoch": at.epoch,
@@ -337,13 +336,14 @@ class Session:
         if parts.ema is not None:
             parts.ema.module.load_state_dict(state["ema"])
         parts.optimizer.load_state_dict(state["optimizer"])
-        parts.scheduler.load_state_dict(state["scheduler"])
         parts.scaler.load_state_dict(state["scaler"])
         self.at.epoch, self.at.batch, self.at.step = position["epoch"], position["batch"], position["step"]
         self.at.loss_sum.copy_(position["loss_sum"])
         self.best, self.spent = Best(**state["best"]), state["seconds"]
         if position["global_batch"] != self._global_batch():
             self._rescale(position)
+        # The schedule follows from the position; its own state would bring the length of the old batches along.
+        parts.scheduler.step_update(self.at.scheduled(self.config.train.accumulate))
 
     def _rescale(self, position: dict[str, Any]) -> None:
         """Another number of processes makes another global batch: go on at the same sample."""
@@ -352,8 +352,6 @@ class Session:
         at.batch = samples // self._global_batch()
         at.batch -= at.batch % accumulate
         at.loss_sum *= at.batch / max(position["batch"], 1)
-        at.step = at.epoch * -(-at.batches // accumulate) + at.batch // accumulate
-        self.parts.scheduler.step_update(at.step)
         log.warning(
             "The global batch is %d instead of %d: continuing after %d of the epoch's samples.",
             *(self._global_batch(), position["global_batch"], at.batch * self._global_batch()),

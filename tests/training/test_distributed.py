@@ -120,6 +120,21 @@ def test_a_killed_rank_ends_the_job_and_another_number_of_ranks_continues(runs_o
     _assert_same_gradients(runs_of_one_and_two / "one", tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+def test_with_more_ranks_the_schedule_ends_at_its_end_and_checkpoints_are_the_newest(runs_of_one_and_two, tmp_path):
+    store, overrides = runs_of_one_and_two / "store", (*SAME, "train.checkpoint_steps=2", "train.min_lr=1e-7")
+    assert _launch(1, store, tmp_path, *overrides, TWO, KILL_AT="step 9").returncode
+    before, _ = checkpoint.newest(tmp_path / "fold0" / "checkpoints")
+    assert before["position"]["batch"] == before["position"]["step"] == 8
+    done = _launch(2, store, tmp_path, *overrides, TWO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state, _ = checkpoint.newest(tmp_path / "fold0" / "checkpoints")
+    assert (state["position"]["epoch"], state["position"]["step"]) == (1, 8 + state["position"]["batches"] - 4)
+    (record,) = runs.open_run(tmp_path).folds[0].records("epoch")
+    assert record["lr"] == pytest.approx(1e-7)
+
+
 def test_one_process_alone_exchanges_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with world() as place:

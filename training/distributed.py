@@ -70,7 +70,7 @@ def world(device: torch.device | None = None, timeout_s: float = 600.0) -> Itera
     """Join the processes that torchrun started, for the length of the `with`; without torchrun there is one.
 
     Args:
-        device: where training runs; NCCL exchanges between GPUs, gloo otherwise.
+        device: where training runs; NCCL exchanges what lies on GPUs, gloo what lies in RAM.
         timeout_s: after so long without an answer from another process an exchange fails.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -81,7 +81,7 @@ def world(device: torch.device | None = None, timeout_s: float = 600.0) -> Itera
     if dist.is_initialized():  # several folds in one call share the group
         yield place
         return
-    backend = "nccl" if device is not None and device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device is not None and device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield place

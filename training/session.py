@@ -202,13 +202,12 @@ class Session:
                 "step",
                 {"epoch": at.epoch, "step": at.step, "loss": float(at.loss_sum) / at.batch, "lr": self._lr()},
             )
-        ends_epoch = at.batch == at.batches  # saved by _end_epoch, with its validation
         due = time.monotonic() - self.saved_at > 60 * settings.checkpoint_minutes
         due |= bool(settings.checkpoint_steps) and at.step % (settings.checkpoint_steps or 1) == 0
-        if due and not ends_epoch:
+        if due and at.batch < at.batches:  # _end_epoch saves after the last, with its validation
             guard.check()
             self._save()
-        if self.stop.agreed(self.place, at.step) and not ends_epoch:
+        if self.stop.agreed(self.place):
             guard.check()
             self._leave()
 
@@ -267,9 +266,13 @@ class Session:
         return rows[ok].sort_values(["patient_id", "image_id"]), loss, int((~ok).sum())
 
     def _told(self, batches: Iterable[Batch], advance: Callable[[Progress], None]) -> Iterator[Batch]:
-        """The batches of a validation, each told to the screen when the next one is asked for."""
+        """The batches of a validation, each told to the screen when the next one is asked for; the way out is here too,
+        for a run that is resumed with all of an epoch's batches used begins with its validation."""
         done, total = 0, len(self.held_out)
-        for batch in batches:
+        of_all = total // self.place.size // self.config.data.loader.val_batch_size  # batches that every process has
+        for number, batch in enumerate(batches):
+            if number < of_all and self.stop.agreed(self.place):
+                self._leave()
             yield batch
             done = min(done + len(batch["index"]) * self.place.size, total)
             advance(Progress(done, total))
@@ -360,9 +363,10 @@ class Session:
     def _leave(self) -> None:
         self._save()
         self.place.barrier()  # torchrun ends every process as soon as one has gone
-        log.warning(
-            "Stopped by %s; everything is saved. `train` goes on with --resume, `run` as it is.", self.stop.name
-        )
+        if self.place.is_main:
+            log.warning(
+                "Stopped by %s; everything is saved. `train` goes on with --resume, `run` as it is.", self.stop.name
+            )
         raise SystemExit(self.stop.status)
 
     def _finish(self, stopped_early: bool) -> FitSummary:

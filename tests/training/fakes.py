@@ -123,6 +123,8 @@ class FakeLoader:
                     with open(f"{log}-{self.rank}", "a") as file:
                         file.write(json.dumps([epoch, step, index.tolist()]) + "\n")
             time.sleep(float(os.environ.get("SLOW", "0")))
+            if (slow_from := os.environ.get("SLOW_FROM")) and len(FakeLoader.served) + (not self.train) > int(slow_from):
+                time.sleep(5)
             yield {
                 "image": torch.from_numpy(np.stack([self.picture(i, epoch) for i in index])),
                 "label": torch.tensor(self.rows["cancer"].to_numpy(np.float32)[index]),

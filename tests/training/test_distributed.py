@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,24 @@ def _free_port():
         return listener.getsockname()[1]
 
 
-def _launch(processes, store, out, *overrides, **environment):
+def _start(processes, store, out, *overrides, **environment):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
     command += ["-m", "tests.training.fakes", str(store), str(out), *overrides]
-    return subprocess.run(
-        command, cwd=ROOT, env=_environment(**environment), capture_output=True, text=True, timeout=280, check=False
-    )
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=_environment(**environment), **piped)
+
+
+def _launch(processes, store, out, *overrides, **environment):
+    job = _start(processes, store, out, *overrides, **environment)
+    try:
+        output, errors = job.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        raise
+    return subprocess.CompletedProcess(job.args, job.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +143,28 @@ def test_with_more_ranks_the_schedule_ends_at_its_end_and_checkpoints_are_the_ne
     assert (state["position"]["epoch"], state["position"]["step"]) == (1, 8 + state["position"]["batches"] - 4)
     (record,) = runs.open_run(tmp_path).folds[0].records("epoch")
     assert record["lr"] == pytest.approx(1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
+@pytest.mark.parametrize(("batches", "epoch"), [(1, 0), (12, 0)], ids=["training", "validation"])
+def test_ranks_of_slow_steps_leave_together_before_torchrun_kills_them(runs_of_one_and_two, tmp_path, batches, epoch):
+    slow = {"SERVED": str(tmp_path / "served"), "SLOW_FROM": str(batches)}
+    job = _start(2, runs_of_one_and_two / "store", tmp_path / "run", *SAME, TWO, **slow)
+    log = tmp_path / "served-0"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= batches) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)  # the next batch takes five seconds to come
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=100)
+    assert errors.count("Stopped by SIGTERM") == 1, errors[-3000:]
+    state, _ = checkpoint.newest(tmp_path / "run" / "fold0" / "checkpoints")
+    assert (state["position"]["epoch"], state["position"]["batch"]) == (epoch, min(batches + 1, 12))
+    done = _launch(2, runs_of_one_and_two / "store", tmp_path / "run", *SAME, TWO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _assert_same_gradients(runs_of_one_and_two / "two", tmp_path / "run")
+    assert runs.open_run(tmp_path / "run").folds[0].finished
 
 
 def test_one_process_alone_exchanges_nothing(monkeypatch):

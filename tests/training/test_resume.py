@@ -61,7 +61,7 @@ def store(tmp_path_factory):
     return open_store(root / "store")
 
 
-@pytest.mark.parametrize("step", [3, 7], ids=["of-small-pictures", "of-whole-pictures"])
+@pytest.mark.parametrize("step", [3, 5, 7], ids=["of-small-pictures", "before-validation", "of-whole-pictures"])
 def test_a_run_on_the_real_loader_is_written_resumed_and_evaluated(store, tmp_path, monkeypatch, step):
     torch.set_num_threads(1)
     config = fakes.small_config(*OVERRIDES)

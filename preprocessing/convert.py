@@ -276,6 +276,9 @@ class _Run:
                 yield {
                     "image_id": source.image_id,
                     "patient_id": table.text(source.columns, "patient_id"),
+                    "laterality": table.laterality(source.columns),
+                    "view": table.text(source.columns, "view").upper(),
+                    "prediction_id": table.text(source.columns, "prediction_id"),
                     "source_path": source.path,
                     "reason": reason,
                     "detail": detail,

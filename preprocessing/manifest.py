@@ -4,7 +4,7 @@ A store is a folder with
     store.json         version and settings of the conversion
     manifest.parquet   one row an image, `COLUMNS` below and the source CSV's other columns as they were
     journal.jsonl      what is finished, for a run that continues an interrupted one
-    rejected.csv       one row an input that did not make it: image_id, patient_id, source_path, reason, detail
+    rejected.csv       one row an input that did not make it, `REJECTED_COLUMNS`
     folds.csv          image_id, fold (written by `folds`)
     tiles/<level>/<patient>/<image>.tif
 """
@@ -85,7 +85,9 @@ LEVEL_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "crc32": (pa.uint32(), "CRC-32 of the tile file's bytes"),
 }
 _ROWS_AT_ONCE = 20_000  # rows of a Parquet row group
-REJECTED_COLUMNS = ("image_id", "patient_id", "source_path", "reason", "detail")
+# What the CSV says of the picture, as in the manifest, but empty where it says nothing; then what became of it.
+REJECTED_FACTS = ("image_id", "patient_id", "laterality", "view", "prediction_id")
+REJECTED_COLUMNS = (*REJECTED_FACTS, "source_path", "reason", "detail")
 
 
 def level_column(field: str, level: str) -> str:
@@ -107,8 +109,9 @@ class Store:
 
     @cached_property
     def rejected(self) -> pd.DataFrame:
-        """Inputs that were not converted, with `REJECTED_COLUMNS`."""
-        return pd.read_csv(self.root / "rejected.csv", dtype=str, keep_default_na=False)
+        """Inputs that were not converted, with `REJECTED_COLUMNS`, text; empty where an older store lacks one."""
+        found = pd.read_csv(self.root / "rejected.csv", dtype=str, keep_default_na=False)
+        return found.reindex(columns=list(REJECTED_COLUMNS), fill_value="")
 
     @property
     def levels(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from preprocessing import table as tables
-from preprocessing.manifest import Store
+from preprocessing.manifest import REJECTED_FACTS, Store
 from training.covariates import NAMES as COVARIATES
 from training.ensemble import Ensemble
 
@@ -63,8 +63,8 @@ def asked_by_table(listed: pd.DataFrame) -> pd.DataFrame:
 
 
 def asked_by_store(store: Store) -> pd.DataFrame:
-    """Each picture of a store, then those that it rejected, of which only the patient is known."""
-    rejected = store.rejected[["image_id", "patient_id"]]
+    """Each picture of a store, then those that it rejected, with what its CSV said of them."""
+    rejected = store.rejected[list(REJECTED_FACTS)]
     asked = pd.concat([store.manifest[["image_id", *FACTS, *COVARIATES]], rejected], ignore_index=True)
     texts = ["image_id", *FACTS]
     return asked.assign(**{name: asked[name].fillna("").astype(str) for name in texts})

@@ -123,6 +123,36 @@ def test_a_store_alone_gives_the_same_numbers_in_the_manifests_order(
     assert alone.set_index("prediction_id")["cancer"].to_dict() == ours.to_dict()
 
 
+def test_what_a_store_rejected_is_asked_for_with_what_its_table_said(copy: Path, run: Path):
+    table = pd.read_csv(copy / "test.csv", dtype=str)
+    first, second, *_ = table["prediction_id"].unique()
+    lost = table[table["prediction_id"] == first]
+    view = table[table["prediction_id"] == second].head(1)
+    _spoil(copy, [*lost["image_id"], *view["image_id"]])
+    convert(copy / "test_images", copy / "test.csv", copy / "store", SETTINGS, workers=1)
+    assert predict([run], copy / "s.csv", store=copy / "store", device="cpu").exit_code == 3
+    found = pd.read_csv(copy / "s.csv").set_index("prediction_id")["cancer"]
+    assert sorted(found.index) == sorted(table["prediction_id"].unique())
+    assert found[first] == pytest.approx(PRIOR)
+    problems = _problems(copy / "s.csv").set_index("image_id")
+    assert (
+        problems["prediction_id"].to_dict() == pd.concat([lost, view]).set_index("image_id")["prediction_id"].to_dict()
+    )
+    pictures = pd.read_csv(copy / "predictions_images.csv", dtype=str).set_index("image_id")
+    assert pictures.loc[lost["image_id"], "view"].tolist() == lost["view"].tolist()
+
+
+def test_a_store_of_an_earlier_version_says_less_of_what_it_rejected(copy: Path, run: Path):
+    table = pd.read_csv(copy / "test.csv", dtype=str)
+    _spoil(copy, [table["image_id"].iloc[0]])
+    convert(copy / "test_images", copy / "test.csv", copy / "store", SETTINGS, workers=1)
+    path = copy / "store" / "rejected.csv"
+    columns = ["image_id", "patient_id", "source_path", "reason", "detail"]
+    pd.read_csv(path, dtype=str)[columns].to_csv(path, index=False)
+    assert predict([run], copy / "s.csv", store=copy / "store", device="cpu").exit_code == 3
+    assert _problems(copy / "s.csv")["image_id"].tolist() == [table["image_id"].iloc[0]]
+
+
 def test_it_is_the_mean_of_the_folds_probabilities_on_the_runs_own_tensors(data: Path, run: Path, through_store: Path):
     from dali_pipes.loader import Loader
 

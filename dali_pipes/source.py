@@ -7,7 +7,7 @@ found here, before a decoder sees it, and a black placeholder takes its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,13 +118,11 @@ class Source:
     def sample(self, row: int, draw: Draw) -> tuple[Sample, Fault | None]:
         """The sample of a row, and what is wrong with its tile, if anything."""
         facts = self._rows[row]
-        level = self.level(row)
-        height, width = self._size(row, level)
+        level = level_of(facts, self._levels, self._pipeline)
+        height, width = tile_size(facts, level)
         shown = self._pipeline.height, self._pipeline.width
-        if self._pipeline.patch_level is None:
-            matrix, region = output_to_level(height, width, *shown, draw, self._mirrored(facts)), (0, 0, height, width)
-        else:
-            matrix = output_to_patch(height, width, *shown, draw, self._mirrored(facts))
+        matrix, region = output_to_tile(facts, level, self._pipeline, draw), (0, 0, height, width)
+        if self._pipeline.patch_level is not None:
             region = seen_region(matrix, height, width, *shown)
             matrix[:, 2] -= region[1::-1]
         try:
@@ -161,18 +159,6 @@ class Source:
             None,
         )
 
-    def level(self, row: int) -> str:
-        """The level that a row is read from: that of the patches, or the smallest that need not be enlarged."""
-        if self._pipeline.patch_level is not None:
-            return self._pipeline.patch_level
-        facts = self._rows[row]
-        size = int(facts["crop_height"]), int(facts["crop_width"])
-        return pick_level(self._levels, *size, self._pipeline.height, self._pipeline.width)
-
-    def _size(self, row: int, level: str) -> tuple[int, int]:
-        facts = self._rows[row]
-        return int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
-
     def _picture(self, row: int, level: str, region: Region) -> Any:
         """What a sample holds of its picture. Raises `_UnusableError`."""
         if self._encoded:
@@ -189,7 +175,7 @@ class Source:
         """A level's file, or a region of it, uint16 [rows, columns, 1]."""
         data = self._file(row, level)
         try:
-            return decode(data, self._size(row, level), region)[..., None]
+            return decode(data, tile_size(self._rows[row], level), region)[..., None]
         except TileError as error:
             raise _UnusableError(f"{self._path(row, level)}: {error}") from None
 
@@ -206,9 +192,6 @@ class Source:
         if imagecodecs.deflate_crc32(data) != int(self._rows[row][level_column("crc32", level)]):
             raise _UnusableError(f"{path}: its CRC-32 is not the manifest's")
         return data
-
-    def _mirrored(self, facts: dict[str, Any]) -> bool:
-        return self._pipeline.orient and facts["laterality"] == "R"
 
     def _grid(self, draw: Draw) -> NDArray[np.float32]:
         nodes = self._pipeline.augment.grid_steps + 1
@@ -244,6 +227,26 @@ def _cut(picture: Any, region: Region) -> Any:
     top, left, rows, columns = region
     seen = picture[top : top + rows, left : left + columns]
     return np.ascontiguousarray(seen) if isinstance(seen, np.ndarray) else seen.contiguous()
+
+
+def level_of(facts: Mapping[str, Any], levels: tuple[str, ...], pipeline: PipelineSettings) -> str:
+    """The level that a manifest row is read from: that of the patches, or the smallest that need not be enlarged."""
+    if pipeline.patch_level is not None:
+        return pipeline.patch_level
+    size = int(facts["crop_height"]), int(facts["crop_width"])
+    return pick_level(levels, *size, pipeline.height, pipeline.width)
+
+
+def tile_size(facts: Mapping[str, Any], level: str) -> tuple[int, int]:
+    """Rows and columns of a manifest row's tile."""
+    return int(facts[level_column("height", level)]), int(facts[level_column("width", level)])
+
+
+def output_to_tile(facts: Mapping[str, Any], level: str, pipeline: PipelineSettings, draw: Draw) -> NDArray[np.float64]:
+    """`output_to_level` or `output_to_patch`, as the pipeline says, for a manifest row's tile."""
+    make = output_to_level if pipeline.patch_level is None else output_to_patch
+    mirrored = pipeline.orient and facts["laterality"] == "R"
+    return make(*tile_size(facts, level), pipeline.height, pipeline.width, draw, mirrored)
 
 
 def output_to_level(

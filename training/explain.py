@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
-from dali_pipes.source import output_to_level
+from dali_pipes.source import level_of, output_to_tile, tile_size
 from preprocessing.ingest import safe_name
-from preprocessing.manifest import Store, level_column, pick_level, write_atomically
+from preprocessing.manifest import Store, write_atomically
 from training import runs
 from training.ensemble import Ensemble, Group
 from training.model import MammoModel
@@ -111,16 +111,15 @@ def canvas_to_tensor(
     scale = min(1.0, LONGEST_SIDE / max(source))
     size = round(source[0] * scale), round(source[1] * scale)
     crop = int(row["crop_height"]), int(row["crop_width"])
-    level = pick_level(levels, *crop, pipeline.height, pipeline.width)
-    height, width = int(row[level_column("height", level)]), int(row[level_column("width", level)])
-    mirrored = pipeline.orient and row["laterality"] == "R"
-    to_level = _square(output_to_level(height, width, pipeline.height, pipeline.width, Draw(), mirrored))
+    level = level_of(row, levels, pipeline)
+    height, width = tile_size(row, level)
+    to_tile = _square(output_to_tile(row, level, pipeline, Draw()))
     down, right = height / crop[0], width / crop[1]
     from_source = np.array(
         [[right, 0, -right * int(row["crop_left"])], [0, down, -down * int(row["crop_top"])], [0, 0, 1]]
     )
     from_canvas = np.diag([source[1] / size[1], source[0] / size[0], 1])
-    matrix = np.linalg.inv(to_level) @ from_source @ from_canvas
+    matrix = np.linalg.inv(to_tile) @ from_source @ from_canvas
     return matrix[:2].astype(np.float64), size
 
 

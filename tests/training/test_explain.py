@@ -99,8 +99,9 @@ class _Brightness(nn.Module):
         return {"attention": nn.functional.avg_pool2d(x, 2)[:, 0].sub(0.8 * x.max()).relu()}
 
 
+@pytest.mark.parametrize("patch_level", [None, "full"], ids=["whole", "patch"])
 @pytest.mark.parametrize("laterality", ["L", "R"])
-def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, tmp_path: Path):
+def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, patch_level: str | None, tmp_path: Path):
     rows, columns = np.mgrid[:1000, :800]
     wall = 0 if laterality == "L" else 799
     breast = ((rows - 480) / 330) ** 2 + ((columns - wall) / 420) ** 2 < 1
@@ -114,7 +115,10 @@ def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, tmp_p
     settings = ConvertSettings(levels=("full", "256"))
     convert(tmp_path / "images", tmp_path / "one.csv", tmp_path / "store", settings, workers=1)
     store = open_store(tmp_path / "store")
-    config = load_config(None, ("pipeline.height=160", "pipeline.width=160", "pipeline.clahe.enabled=false"))
+    # A patch is taken from the middle of the crop, which the bright spot lies in.
+    size = 160 if patch_level is None else 480
+    shape = (f"pipeline.height={size}", f"pipeline.width={size}", f"pipeline.patch_level={patch_level or 'null'}")
+    config = load_config(None, (*shape, "pipeline.clahe.enabled=false"))
     member = Member(0, "", _Brightness(), torch.float32, False)  # type: ignore[arg-type]
     group = Group(config.pipeline, config.data.loader, 0, (member,))
     ensemble = Ensemble(("run",), (group,), np.ones(1), ("mean",), 0.1, 0.5, settings, torch.device("cpu"))
@@ -131,4 +135,6 @@ def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, tmp_p
     gray = written[:, :800, 0]
     assert gray[row, column] > 200
     assert abs(int(gray[480, 200 if laterality == "L" else 599]) - 90) < 5
+    if patch_level is not None:
+        assert gray[200].max() == 0  # of the crop, but not of the patch
     assert gray[5:50].max() == 0

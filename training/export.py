@@ -119,11 +119,11 @@ def export(
     """
     _onnxruntime()
     ensemble = open_ensemble([folder], "cpu", calibrate=calibrate, aggregate=aggregate, names=covariates)
-    group, *others = ensemble.groups
-    if others:
+    pipeline = ensemble.groups[0].pipeline
+    if any(group.pipeline != pipeline for group in ensemble.groups):
         raise RunError(f"{folder}: its folds were trained with different pipelines; export each by itself.")
-    pipeline = group.pipeline
-    model = FoldMean([cast(nn.Module, member.model) for member in group.members]).eval()
+    members = [member for group in ensemble.groups for member in group.members]
+    model = FoldMean([cast(nn.Module, member.model) for member in members]).eval()
     generator = torch.Generator().manual_seed(0)
     shape = (pipeline.channels, pipeline.height, pipeline.width)
     pictures = [torch.randn(batch, *shape, generator=generator) for batch in _BATCHES]
@@ -137,7 +137,7 @@ def export(
         with torch.inference_mode():
             by_onnx = [session.probabilities(picture.numpy()) for picture in pictures]
             by_program = [program(picture).numpy() for picture in pictures]
-        summary = ExportSummary(out, len(group.members), _difference(by_onnx, wanted), _difference(by_program, wanted))
+        summary = ExportSummary(out, len(members), _difference(by_onnx, wanted), _difference(by_program, wanted))
         for name, worst in ((ONNX, summary.onnx_difference), (PROGRAM, summary.program_difference)):
             if not worst <= TOLERANCE:
                 raise RunError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesize(root, patients=1, test_patients=3, seed=5)
     convert(root / "test_images", root / "test.csv", root / "store", SETTINGS, workers=1)
     return root
+
+
+def test_folds_that_were_validated_in_other_batches_are_exported_together(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "fold1")
+    shutil.move(make_run(tmp_path / "other", "data.loader.val_batch_size=8") / "fold1", run / "fold1")
+    assert export(run, tmp_path / "out").folds == 2
+
+
+def test_folds_of_other_pipelines_are_not(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "fold1")
+    shutil.move(make_run(tmp_path / "other", "pipeline.height=32") / "fold1", run / "fold1")
+    with pytest.raises(RunError, match="different pipelines"):
+        export(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

@@ -129,9 +129,9 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def drawn(self, epoch: int) -> dict[str, int]:
-        """{"negative": n, "positive": n}: what the epoch really gives, over all ranks."""
-        return self._plan.drawn(epoch)
+    def drawn(self, epoch: int, steps: int | None = None) -> dict[str, int]:
+        """{"negative": n, "positive": n}: what an epoch, or its first steps, really give, over all ranks."""
+        return self._plan.drawn(epoch, steps)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The epoch's batches from `start_step` on.

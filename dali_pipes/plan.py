@@ -145,11 +145,11 @@ class Plan:
         mine = np.arange(self.rank, self.samples, self.world_size)
         return mine[step * self.batch_size : (step + 1) * self.batch_size]
 
-    def drawn(self, epoch: int) -> dict[str, int]:
-        """How many samples of each class the epoch really gives, over all ranks."""
+    def drawn(self, epoch: int, steps: int | None = None) -> dict[str, int]:
+        """How many samples of each class the epoch, or so many steps of it, really gives, over all ranks."""
         order = self.order(epoch)
         if self.train:
-            order = order[: self.steps * self.batch_size * self.world_size]
+            order = order[: (self.steps if steps is None else steps) * self.batch_size * self.world_size]
         positives = int(self._is_positive[order].sum())
         return {"negative": len(order) - positives, "positive": positives}
 

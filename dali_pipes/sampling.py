@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from dali_pipes.settings import LoaderSettings
 from preprocessing.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.float64] | None:
@@ -36,17 +39,24 @@ def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.floa
 
 
 def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_] | None:
-    """Which rows the list of hard negatives names, bool; None without a list. Others in it are passed over.
+    """Which rows the list of hard negatives names, bool; None without a list. Others in it are passed over; that all of
+    them are, is told.
 
     Raises:
-        InputError: there is no such file, or it has no column image_id.
+        InputError: there is no such file, it is no CSV, or it has no column image_id.
     """
     if settings.hard_negatives is None:
         return None
     path = Path(settings.hard_negatives)
     if not path.is_file():
         raise InputError(f"{path}: no such file; data.loader.hard_negatives expects a CSV with a column image_id.")
-    listed = pd.read_csv(path, dtype=str)
+    try:
+        listed = pd.read_csv(path, dtype=str)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise InputError(f"{path}: cannot be read as a CSV ({error}); expected a column image_id.") from None
     if "image_id" not in listed:
         raise InputError(f"{path}: expected a column image_id, found {', '.join(map(str, listed.columns))}.")
-    return rows["image_id"].isin(set(listed["image_id"])).to_numpy()
+    hard = rows["image_id"].isin(set(listed["image_id"])).to_numpy()
+    if not hard.any():
+        log.warning("%s: none of its %d image_ids is among the pictures that are trained on.", path, len(listed))
+    return hard

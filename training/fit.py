@@ -91,7 +91,7 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
     """Rows of the manifest to train on and to validate on, each with a fresh index; without label: none.
 
     Raises:
-        InputError: the fold is unknown, or either part lacks pictures with or without cancer.
+        InputError: the fold is unknown, or either part lacks breasts with or without cancer.
     """
     place = place or World()
     if place.is_main:
@@ -107,11 +107,12 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
     training = _limit(rows[(rows["fold"] != fold) & ~kept_out], data.max_images)
     held_out = _limit(rows[rows["fold"] == fold], data.max_images)
     for name, part in (("training on", training), ("validating on", held_out)):
-        positives = int((part["cancer"] == 1).sum())
-        if not 0 < positives < len(part):
+        breasts = part.groupby("prediction_id")["cancer"].max()
+        positives = int((breasts == 1).sum())
+        if not 0 < positives < len(breasts):
             raise InputError(
-                f"--fold {fold}: {name} it needs pictures with and without cancer; found {positives} with and "
-                f"{len(part) - positives} without. Make other folds (folds --set data.folds=...), or bring more data."
+                f"--fold {fold}: {name} it needs breasts with and without cancer; found {positives} with and "
+                f"{len(breasts) - positives} without. Make other folds (folds --set data.folds=...) or bring more data."
             )
     return training, held_out
 

@@ -255,9 +255,10 @@ def _ranking(labels: ArrayLike, predictions: ArrayLike, weights: Floats | None =
         clipped = np.clip(p, 0, 1)
         true = (w * y) @ clipped
         figures["pf1"] = np.where(true > 0, 2 * true / (w @ clipped + positives), 0.0)
-    for name in ("auroc", "average_precision", "pf1_best"):
-        needed = both if name == "auroc" else positives > 0
-        figures[name] = np.where(needed, figures[name], np.nan if name != "pf1_best" else 0.0)
+    for name in ("auroc", *(f"sensitivity_at_{specificity:g}" for specificity in SPECIFICITIES)):
+        figures[name] = np.where(both, figures[name], np.nan)
+    figures["average_precision"] = np.where(positives > 0, figures["average_precision"], np.nan)
+    figures["pf1_best"] = np.where(positives > 0, figures["pf1_best"], 0.0)
     cut = p[last]
     middles = (cut + np.r_[cut[1:], 0.0]) / 2 if len(cut) else np.array([0.5])
     best = figures.pop("best_index").astype(int)

@@ -18,6 +18,9 @@ def same(one: Draw, other: Draw):
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
 def test_a_balanced_epoch_has_the_share_asked_for(share):
     drawn = make(positive_share=share, batch_size=8).drawn(0)
+    first = make(positive_share=share, batch_size=8).drawn(0, 2)
+    assert sum(first.values()) == 16
+    assert abs(first["positive"] - share * 16) <= 2
     assert abs(drawn["positive"] / sum(drawn.values()) - share) < 0.01
 
 

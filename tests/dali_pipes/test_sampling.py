@@ -39,7 +39,7 @@ def test_hard_negatives_have_their_share_of_a_balanced_epochs_negatives():
     assert np.ptp(counts[100:110]) <= 1
 
 
-def test_the_list_of_hard_negatives_is_a_csv_of_image_ids(tmp_path):
+def test_the_list_of_hard_negatives_is_a_csv_of_image_ids(tmp_path, caplog):
     path = tmp_path / "hard.csv"
     settings = LoaderSettings(hard_negatives=str(path))
     with pytest.raises(InputError, match="no such file"):
@@ -47,8 +47,16 @@ def test_the_list_of_hard_negatives_is_a_csv_of_image_ids(tmp_path):
     path.write_text("image\nb\n")
     with pytest.raises(InputError, match="found image"):
         hard_rows(ROWS, settings)
+    for content in (b"", b"image_id\n\xff\xfe\n", b'image_id\n"b\n'):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"hard\.csv: cannot be read as a CSV"):
+            hard_rows(ROWS, settings)
     path.write_text("image_id\nb\nz\n")
     assert hard_rows(ROWS, settings).tolist() == [False, True, False, False]
+    assert not caplog.text
+    path.write_text("image_id\ny\nz\n")
+    assert not hard_rows(ROWS, settings).any()
+    assert "none of its 2 image_ids" in caplog.text
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])

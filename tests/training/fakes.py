@@ -123,7 +123,9 @@ class FakeLoader:
                     with open(f"{log}-{self.rank}", "a") as file:
                         file.write(json.dumps([epoch, step, index.tolist()]) + "\n")
             time.sleep(float(os.environ.get("SLOW", "0")))
-            if (slow_from := os.environ.get("SLOW_FROM")) and len(FakeLoader.served) + (not self.train) > int(slow_from):
+            if (slow_from := os.environ.get("SLOW_FROM")) and len(FakeLoader.served) + (not self.train) > int(
+                slow_from
+            ):
                 time.sleep(5)
             yield {
                 "image": torch.from_numpy(np.stack([self.picture(i, epoch) for i in index])),
@@ -132,8 +134,8 @@ class FakeLoader:
                 "ok": torch.ones(len(index), dtype=torch.bool),
             }
 
-    def drawn(self, epoch):
-        labels = self.rows["cancer"].to_numpy()[self.order(epoch)]
+    def drawn(self, epoch, steps):
+        labels = self.rows["cancer"].to_numpy()[self.order(epoch)[: steps * self.batch]]
         return {"negative": int((labels == 0).sum()), "positive": int((labels == 1).sum())}
 
 

@@ -287,8 +287,19 @@ def test_a_fold_without_both_classes_is_refused(store, tmp_path):
     made = folds.make_folds(store, load_config(None, ("data.folds=2",)).data)
     sick = store.manifest.groupby("patient_id")["cancer"].transform("max") == 1
     made.assign(fold=np.where(sick, 0, 1)).to_csv(store.root / "folds.csv", index=False)
-    with pytest.raises(InputError, match=r"--fold 0: training on it needs pictures with and without cancer; found 0"):
+    with pytest.raises(InputError, match=r"--fold 0: training on it needs breasts with and without cancer; found 0"):
         fit.fit(fakes.small_config(), store, 0, tmp_path / "run")
+
+
+def test_a_fold_whose_only_breast_has_a_picture_of_each_class_is_refused(tmp_path):
+    rows = fakes.make_rows()
+    rows.loc[rows["image_id"] == "0011", "cancer"] = 1.0  # one of the left breast's two pictures
+    rows.loc[rows["image_id"].isin(["0012", "0013"]), "cancer"] = np.nan  # nothing is known of the right one
+    mixed = fakes.make_store(tmp_path / "mixed", rows)
+    made = folds.make_folds(mixed, load_config(None, ("data.folds=2",)).data)
+    made.assign(fold=np.where(rows["patient_id"] == "p001", 0, 1)).to_csv(mixed.root / "folds.csv", index=False)
+    with pytest.raises(InputError, match=r"validating on it needs breasts with and without cancer; found 1 with and 0"):
+        fit.fit(fakes.small_config(), mixed, 0, tmp_path / "run")
 
 
 def test_a_run_that_is_there_is_not_overwritten(store, tmp_path):

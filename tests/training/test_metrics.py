@@ -94,6 +94,13 @@ def test_confusion_counts_agree_with_scikit_learn():
     assert found["specificity"] == pytest.approx(tn / (tn + fp))
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_what_needs_both_classes_is_nan_without_them(label):
+    found = metrics.summarise([label, label], [0.2, 0.7])
+    assert np.isnan(found["auroc"])
+    assert all(np.isnan(value) for value in found["sensitivity_at_specificity"].values())
+
+
 def test_unknown_labels_are_left_out():
     labels, predictions = _sample(6)
     more = metrics.summarise(np.r_[labels, [np.nan] * 9], np.r_[predictions, np.ones(9)])

@@ -64,7 +64,7 @@ class ConvertSummary:
             f"{self.store}: {self.images} pictures ({self.converted} converted now in {self.seconds:.0f} s, "
             f"{self.unchanged} unchanged), {self.rejected} rejected."
         ]
-        for name, count in self.by_syntax.most_common():
+        for name, count in (+self.by_syntax).most_common():
             took = self.seconds_by_syntax[name]
             lines.append(f"  {count} {name}: {took / count * 1000:.0f} ms a picture")
         if self.on_gpu:
@@ -238,20 +238,26 @@ class _Run:
             seen = ingest.identity(self._images, source)
             entry = {"image_id": source.image_id, **seen}
             entry["rejected"] = [outcome.failure.reason, outcome.failure.detail]
+        if outcome.again and (earlier := self._journal.find(source.image_id)) is not None:
+            self._count(earlier, -1, 0.0)
         self._journal.append(entry)
+        self._count(entry, 1, outcome.seconds)
+
+    def _count(self, entry: Entry, by: int, seconds: float) -> None:
+        """Add an outcome to the summary and to the progress, or take it back."""
         if "facts" in entry:
             name = syntax_name(entry["facts"].get("transfer_syntax", "")) or entry["facts"]["format"]
-            self._summary.converted += 1
-            self._summary.on_gpu += entry["facts"]["decoder"] == gpu_decode.NAME
-            self._summary.by_syntax[name] += 1
-            self._summary.seconds_by_syntax[name] += outcome.seconds
-        self._tell(source.image_id, max(0, entry["size"]), "rejected" in entry)
+            self._summary.converted += by
+            self._summary.on_gpu += by * (entry["facts"]["decoder"] == gpu_decode.NAME)
+            self._summary.by_syntax[name] += by
+            self._summary.seconds_by_syntax[name] += seconds
+        self._tell(entry["image_id"], max(0, entry["size"]), "rejected" in entry, by)
 
-    def _tell(self, current: str, size: int, rejected: bool) -> None:
-        self._done += 1
-        self._rejected += rejected
-        self._summary.bytes += size
-        if self._progress:
+    def _tell(self, current: str, size: int, rejected: bool, by: int = 1) -> None:
+        self._done += by
+        self._rejected += by * rejected
+        self._summary.bytes += by * size
+        if self._progress and by > 0:
             self._progress(Progress(self._done, len(self._table), self._rejected, self._summary.bytes, current))
 
     def _entry(self, source: Source) -> Entry:

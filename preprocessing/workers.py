@@ -67,12 +67,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A task with its result, or with its failure."""
+    """A task with its result, or with its failure; `again` where it takes the place of one that was told before."""
 
     task: Task
     result: Any = None
     failure: Failure | None = None
     seconds: float = 0.0
+    again: bool = False
 
 
 class Sandbox:
@@ -99,7 +100,8 @@ class Sandbox:
             before = {id(earlier.task): repr(earlier.result) for earlier in self._recent}
             self._recent.clear()
             # By their texts: an unknown age is NaN, which is unequal to itself.
-            return [*(new for new in again if repr(new.result) != before[id(new.task)]), outcome]
+            changed = [replace(new, again=True) for new in again if repr(new.result) != before[id(new.task)]]
+            return [*changed, outcome]
         self._recent.append(outcome)
         return [outcome]
 

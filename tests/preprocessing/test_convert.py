@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from preprocessing import tiles
+from preprocessing import workers as workers_module
 from preprocessing.convert import convert, verify
 from preprocessing.errors import InputError, StoreError, UserError
 from preprocessing.journal import locked
@@ -82,6 +85,28 @@ def test_progress_counts_every_file(data: tuple[Path, Path], tmp_path: Path) -> 
     assert [state.done for state in seen] == list(range(1, 13))
     assert {state.total for state in seen} == {12}
     assert seen[-1].bytes == sum(path.stat().st_size for path in data[0].rglob("*.png"))
+
+
+def test_an_outcome_that_takes_an_earlier_ones_place_counts_in_its_place(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = workers_module.run_local
+
+    def and_one_otherwise(*arguments: Any) -> Iterator[workers_module.Outcome]:
+        *others, last = original(*arguments)
+        yield from [
+            *others,
+            last,
+            workers_module.Outcome(last.task, failure=workers_module.Failure("crash", "SIGSEGV"), again=True),
+        ]
+
+    monkeypatch.setattr(workers_module, "run_local", and_one_otherwise)
+    seen: list[Progress] = []
+    summary = convert(*data, tmp_path / "store", SETTINGS, workers=1, progress=seen.append)
+    assert (summary.images, summary.converted, summary.rejected) == (11, 11, 1)
+    assert summary.by_syntax == {"png": 11}
+    assert summary.bytes == sum(path.stat().st_size for path in data[0].rglob("*.png"))
+    assert (seen[-1].done, seen[-1].rejected) == (12, 1)
 
 
 def test_a_second_run_does_nothing_again(data: tuple[Path, Path], tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_a_crash_that_shows_in_the_next_file_is_laid_to_the_file_that_did_it(tmp
     names = ["a", "b", "spoiler", "victim", "c"]
     outcomes = {}
     for outcome in run_local(crash_after_spoiling, [(tmp_path, name) for name in names], 1, LIMITS):
-        outcomes[outcome.task[1]] = outcome  # a later outcome of the same task counts
+        assert outcome.again == (outcome.task[1] in outcomes)  # a later outcome of the same task counts
+        outcomes[outcome.task[1]] = outcome
     assert {name: outcome.result for name, outcome in outcomes.items()} == {
         "a": "a",
         "b": "b",

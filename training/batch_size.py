@@ -13,7 +13,7 @@ from preprocessing.errors import RunError
 from training.config import Config
 from training.device import pick_precision
 from training.distributed import World
-from training.model import EveryHead, build_model
+from training.model import EveryHead, MammoModel, build_model, require_sizes
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ def find_batch_size(config: Config, device: torch.device, samples: int, world: W
 
     Raises:
         RunError: not even one sample fits.
+        ConfigError: the backbone does not take pictures of that size.
     """
     ceiling = max(1, min(LARGEST, samples // 8))
     found = _try_on_gpu(config, device, ceiling) if device.type == "cuda" else _count_on_cpu(config, ceiling)
@@ -48,6 +49,12 @@ def find_batch_size(config: Config, device: torch.device, samples: int, world: W
         )
     log.info("Batches of %d samples fit (train.auto_batch).", found)
     return found
+
+
+def _model(config: Config, device: torch.device) -> MammoModel:
+    model = build_model(config.model, config.pipeline.channels).to(device)
+    require_sizes(model, config.pipeline.channels, [(config.pipeline.height, config.pipeline.width)])
+    return model
 
 
 def _step(module: torch.nn.Module, config: Config, device: torch.device, batch: int) -> None:
@@ -63,7 +70,10 @@ def _step(module: torch.nn.Module, config: Config, device: torch.device, batch: 
 
 
 def _try_on_gpu(config: Config, device: torch.device, ceiling: int) -> int:
-    module = EveryHead(build_model(config.model, config.pipeline.channels).to(device))
+    try:
+        module = EveryHead(_model(config, device))
+    except torch.OutOfMemoryError:
+        return 0
     # AdamW keeps two values a parameter; the moving average one more.
     extra = (3 if config.train.ema_decay else 2) * sum(p.numel() * p.element_size() for p in module.parameters())
     free, _ = torch.cuda.mem_get_info(device)
@@ -87,7 +97,7 @@ def _try_on_gpu(config: Config, device: torch.device, ceiling: int) -> int:
 
 
 def _count_on_cpu(config: Config, ceiling: int) -> int:
-    module = EveryHead(build_model(config.model, config.pipeline.channels))
+    module = EveryHead(_model(config, torch.device("cpu")))
     parameters = sum(p.numel() * p.element_size() for p in module.parameters())
     owned = {p.untyped_storage().data_ptr() for p in module.parameters()}
     seen: dict[int, int] = {}

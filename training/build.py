@@ -17,7 +17,8 @@ from training.device import pick_precision
 from training.distributed import World
 from training.loop import Parts
 from training.losses import aux_targets, build_loss
-from training.model import EveryHead, MammoModel, build_model
+from training.model import EveryHead, build_model, require_sizes
+from training.resizing import training_pipeline
 from training.weights import load_pretrained
 
 
@@ -46,10 +47,12 @@ def build_parts(
 
     Returns:
         The parts, and where the backbone's weights came from.
+
+    Raises:
+        ConfigError: the backbone cannot take pictures of such a size, or would be frozen with random weights.
     """
     train = config.train
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # every batch has one shape
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     else:
         keep_freed_memory()
@@ -66,8 +69,9 @@ def build_parts(
         model.backbone = convert_sync_batchnorm(model.backbone)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model = model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    if world.size > 1:
-        _freeze_unused(model, config.pipeline.channels, device)
+    require_sizes(model, config.pipeline.channels, _sizes(config))
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch has one shape
     module: nn.Module = EveryHead(model)
     if config.model.compile:
         # Training pictures have one size, with progressive resizing one after another: each is compiled by itself. For
@@ -103,18 +107,10 @@ def build_parts(
     return parts, weights
 
 
-def _freeze_unused(model: MammoModel, channels: int, device: torch.device) -> None:
-    """Take parameters that no output depends on out of training: DistributedDataParallel waits for their gradients.
-
-    Some backbones bring such parameters, parts of a head that is not used here.
-    """
-    size = max(224, *(int(side) for side in model.backbone.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    outputs = model.eval().outputs(torch.zeros(1, channels, size, size, device=device))
-    used = [outputs["cancer"].sum(), *(outputs[name].sum() for name in model.aux)]
-    torch.stack(used).sum().backward()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
+def _sizes(config: Config) -> set[tuple[int, int]]:
+    """Height and width of every picture that training and validation use."""
+    pipelines = [config.pipeline, *(training_pipeline(config, epoch) for epoch in range(config.train.epochs))]
+    return {(pipeline.height, pipeline.width) for pipeline in pipelines}
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: TrainSettings, batches: int) -> CosineLRScheduler:

@@ -6,6 +6,7 @@ Shapes: B pictures, C input channels, H x W pixels; F features on a map of h x w
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import timm
@@ -39,12 +40,13 @@ def build_model(settings: ModelSettings, in_chans: int = 1) -> MammoModel:
             in_chans=in_chans,
             num_classes=0,
             global_pool="",
-            drop_path_rate=settings.drop_path,
+            drop_path_rate=settings.drop_path or None,  # timm passes on what is not None, and some take no such thing
         )
     except (TypeError, RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
             f"model.backbone = '{settings.backbone}': it cannot be built with {in_chans} input channel(s) and "
-            f"drop_path {settings.drop_path} ({' '.join(str(error).split())}); choose another backbone."
+            f"drop_path {settings.drop_path} ({' '.join(str(error).split())}); "
+            f"{'set model.drop_path=0' if 'drop_path' in str(error) else 'choose another backbone'}."
         ) from None
     _freeze(backbone, settings)
     if settings.gradient_checkpointing:
@@ -67,6 +69,51 @@ def _freeze(backbone: nn.Module, settings: ModelSettings) -> None:
     for name, stage in stage_of.items():
         if stage <= stages[settings.freeze_stages]:
             backbone.get_parameter(name).requires_grad_(False)
+
+
+def require_sizes(model: MammoModel, channels: int, sizes: Collection[tuple[int, int]]) -> None:
+    """See that the model takes pictures of these sizes (height and width), by sending a black one of each through it.
+
+    Parameters that no output depends on, parts of a head that is not used here, are taken out of training by the way:
+    DistributedDataParallel would wait for their gradients. The model is left in evaluation mode.
+
+    Raises:
+        ConfigError: the backbone does not take a size.
+    """
+    model.eval()
+    for size in (ordered := sorted(sizes, reverse=True)):
+        picture = torch.zeros(1, channels, *size, device=model.head.weight.device)
+        try:
+            with torch.set_grad_enabled(size == ordered[-1]):
+                outputs = model.outputs(picture)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            described = cast(dict, model.backbone.pretrained_cfg)
+            _, height, width = described["input_size"]
+            raise ConfigError(
+                f"model.backbone = '{described['architecture']}' does not take pictures of {size[0]} × {size[1]} "
+                f"({' '.join(str(error).split())[:200]}). It was made for {height} × {width}: set "
+                f"pipeline.height={height}, pipeline.width={width} and train.progressive=[], or take another backbone."
+            ) from None
+    used = _leaves([outputs["cancer"], *(outputs[name] for name in model.aux)])
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in used)
+
+
+def _leaves(outputs: Sequence[Tensor]) -> set[Tensor]:
+    """The parameters that outputs depend on: those that autograd would give gradients to."""
+    found, seen = set(), set()
+    waiting = [output.grad_fn for output in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if hasattr(node, "variable"):
+            found.add(node.variable)  # pyright: ignore[reportAttributeAccessIssue]
+    return found
 
 
 class MammoModel(nn.Module):
@@ -197,12 +244,12 @@ def _as_map(features: Tensor, backbone: nn.Module) -> Tensor:
         return features
     if features.ndim == 4 and features.shape[-1] == count:
         return features.permute(0, 3, 1, 2)
-    if features.ndim == 3 and features.shape[-1] == count:
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if features.ndim == 3 and features.shape[-1] == count and grid is not None:
         prefix = int(getattr(backbone, "num_prefix_tokens", 0))
         tokens = features[:, prefix:]
-        height, width = cast(nn.Module, backbone.patch_embed).grid_size  # pyright: ignore[reportGeneralTypeIssues]
-        return tokens.transpose(1, 2).unflatten(2, (int(height), int(width)))
+        return tokens.transpose(1, 2).unflatten(2, (int(grid[0]), int(grid[1])))
     raise ConfigError(
-        f"model.backbone: its features have shape {tuple(features.shape)}, expected a map of {count} channels or "
-        "tokens; choose a backbone with a feature map."
+        f"model.backbone: its features have shape {tuple(features.shape)}, expected a map of {count} channels, or "
+        "tokens on a known grid; choose a backbone with a feature map."
     )

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from preprocessing.errors import ConfigError, InputError
 from training import weights
 from training.config import ModelSettings
-from training.model import AttentionPool, AveragePool, EveryHead, GeMPool, build_model
+from training.model import AttentionPool, AveragePool, EveryHead, GeMPool, build_model, require_sizes
 
 LITE = "tf_efficientnet_lite0"
 
@@ -102,6 +102,40 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(x).sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_backbone_of_a_fixed_size_says_so_for_any_other():
+    model = _model(backbone="vit_tiny_patch16_224")
+    with pytest.raises(
+        ConfigError, match=r"does not take pictures of 64 × 96 .* set pipeline\.height=224, pipeline\.width"
+    ):
+        require_sizes(model, 1, {(64, 96), (224, 224)})
+    require_sizes(model, 1, {(224, 224)})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("backbone", "unused"), [("resnet10t", 0), ("hgnetv2_b0", 3)])
+def test_what_no_output_depends_on_is_not_trained_and_what_is_frozen_stays_so(backbone, unused, checkpointing):
+    model = _model(backbone=backbone, aux=("view",), gradient_checkpointing=checkpointing)
+    frozen = next(model.backbone.parameters()).requires_grad_(False)
+    require_sizes(model, 1, {(64, 64), (32, 32)})
+    assert sum(not parameter.requires_grad for parameter in model.parameters()) == unused + 1
+    assert not frozen.requires_grad
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    outputs = model.outputs(torch.randn(2, 1, 64, 64))
+    (outputs["cancer"].sum() + outputs["view"].sum()).backward()
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_a_backbone_without_stochastic_depth_is_built_without_it():
+    with pytest.raises(ConfigError, match=r"densenet121.* set model\.drop_path=0"):
+        _model(backbone="densenet121")
+    assert _model(backbone="densenet121", drop_path=0.0).head.in_features == 1024
+
+
+def test_tokens_of_an_unknown_grid_are_refused():
+    with pytest.raises(ConfigError, match="feature map"):
+        require_sizes(_model(backbone="levit_128s"), 1, {(224, 224)})
 
 
 def test_an_unknown_backbone_is_named_with_near_ones():

@@ -139,10 +139,10 @@ class Session:
             self._epoch_from = began, waited
             with self._progress(self._figures) as self._advance:
                 train_epoch(self.parts, self._batches(), self.at, self.monitor, self._after_step)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - began if first < self.at.batches else float("nan")  # validation alone was left
             record = {
-                "images_per_s": (self.at.batches - first) * self._global_batch() / max(seconds, 1e-9),
-                "wait_share": (self.loader.wait_s - waited) / max(seconds, 1e-9),
+                "images_per_s": (self.at.batches - first) * self._global_batch() / seconds,
+                "wait_share": (self.loader.wait_s - waited) / seconds,
             }
             self._end_epoch(record, began)
             stopped_early = self.best.stale >= settings.patience

@@ -87,6 +87,7 @@ def test_a_run_on_the_real_loader_is_written_resumed_and_evaluated(store, tmp_pa
     assert (whole.folder / "validation.csv").read_bytes() == (half.folder / "validation.csv").read_bytes()
     assert whole.best.read_bytes()[-4096:] == half.best.read_bytes()[-4096:]
     assert [record["step"] for record in half.records("epoch")] == [5, 10]
+    assert [record["images_per_s"] is None for record in half.records("epoch")] == [step == 5, False]
     assert len(evaluate.evaluate(tmp_path / "half", store, resamples=20)["folds"]) == 1
     json.loads((tmp_path / "half" / "metrics.json").read_text())
 

@@ -18,7 +18,8 @@ Batch = dict[str, torch.Tensor]
 def mix_batch(batch: Batch, mixes: Sequence[Mix]) -> Batch:
     """The batch with its samples mixed; `label` becomes the mean of both labels, weighted as the pictures are.
 
-    A sample is left as it is where it or its partner is damaged or has no label.
+    A sample is left as it is where it or its partner is damaged or has no label. `partner` int64 [B] is the row of each
+    one's partner, as `index` is its own, and `weight` [B] in [0, 1] its own share, for whoever has more labels.
 
     Args:
         batch: `image` float32 [B, C, H, W], `label` float32 [B], `ok` bool [B] and more.
@@ -34,7 +35,7 @@ def mix_batch(batch: Batch, mixes: Sequence[Mix]) -> Batch:
     mixed = torch.lerp(image.roll(-1, 0), image, keep[:, None])
     weight = keep.mean(dim=(1, 2), dtype=torch.float64).to(label.dtype)
     mixed_label = torch.where(usable, torch.lerp(label.roll(-1), label, weight), label)
-    return batch | {"image": mixed, "label": mixed_label}
+    return batch | {"image": mixed, "label": mixed_label, "partner": batch["index"].roll(-1), "weight": weight}
 
 
 def _kept(mixes: Sequence[Mix], height: int, width: int) -> torch.Tensor:

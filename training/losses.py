@@ -75,16 +75,25 @@ class Loss:
 
         Args:
             outputs: what `MammoModel.outputs` gives; logits [B] under `cancer`, [B, classes] under each head's name.
-            batch: what the Loader gives: `label` [B], `ok` [B], `index` [B].
+            batch: what the Loader gives: `label` [B], `ok` [B], `index` [B], and of mixed pictures `partner` [B] and
+                `weight` [B].
         """
         known = batch["ok"] & ~torch.isnan(batch["label"])
         total = self._mean(self.per_sample(outputs["cancer"], batch["label"].nan_to_num()), known)
         for name in self.model.aux:
-            target = self.targets[name][batch["index"]]
-            known_class = batch["ok"] & (target >= 0)
-            losses = F.cross_entropy(outputs[name], target.clamp(min=0), reduction="none")
-            total = total + self.model.aux_weight * self._mean(losses, known_class)
+            losses, known_class = self._of_class(name, outputs[name], batch["index"])
+            if "partner" in batch:
+                of_partner, known_too = self._of_class(name, outputs[name], batch["partner"])
+                weight = batch["weight"]
+                losses = weight * losses + (1 - weight) * of_partner
+                known_class &= known_too | (weight == 1)
+            total = total + self.model.aux_weight * self._mean(losses, batch["ok"] & known_class)
         return total
+
+    def _of_class(self, name: str, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """An auxiliary head's cross-entropy for the classes of these rows, and whether they are known, both [B]."""
+        target = self.targets[name][rows]
+        return F.cross_entropy(logits, target.clamp(min=0), reduction="none"), target >= 0
 
     def per_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each sample, [B]; labels in [0, 1].

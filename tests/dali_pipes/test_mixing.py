@@ -22,6 +22,8 @@ def test_mixup_is_the_weighted_mean_of_picture_and_label_with_the_next_one():
     assert torch.allclose(found["image"][:, 1, 3, 4], torch.tensor([0.25, 1.0, 0.5]))
     assert torch.allclose(found["label"], torch.tensor([0.75, 0.0, 0.75]))
     assert found["index"].tolist() == [0, 1, 2]
+    assert found["partner"].tolist() == [1, 2, 0]
+    assert found["weight"].tolist() == [0.75, 1.0, 0.25]
 
 
 def test_cutmix_takes_the_box_from_the_next_one_and_weighs_labels_by_its_area():

@@ -101,6 +101,23 @@ def test_auxiliary_losses_are_masked_cross_entropies_with_their_weight():
     assert float(both - alone) == pytest.approx(0.3 * float(expected), rel=1e-5)
 
 
+def test_auxiliary_classes_are_mixed_as_the_pictures_are():
+    targets = aux_targets(_rows(), ("view",), CPU)
+    loss = build_loss(TrainSettings(), ModelSettings(aux=("view",), aux_weight=1.0), DRAWN, targets)
+    known = torch.nonzero(targets["view"] >= 0)[:, 0]
+    of = {view: next(int(row) for row in known if targets["view"][row] == view) for view in (0, 1)}
+    alone = {"label": torch.full((2,), float("nan")), "ok": torch.ones(2, dtype=torch.bool)}
+    batch = {**alone, "index": torch.tensor([of[0], of[1]])}
+    logits = torch.tensor([[2.0, -1.0], [0.5, 1.5]])
+    outputs = {"cancer": torch.zeros(2), "view": logits}
+    own, other = (F.cross_entropy(logits, torch.tensor(t), reduction="none") for t in ([0, 1], [1, 0]))
+    weight = torch.tensor([0.25, 1.0])
+    mixed = batch | {"partner": batch["index"].roll(-1), "weight": weight}
+    expected = (weight * own + (1 - weight) * other).mean()
+    assert loss(outputs, mixed) == pytest.approx(float(expected))
+    assert loss(outputs, batch) == pytest.approx(float(own.mean()))
+
+
 def test_an_auxiliary_head_without_a_column_or_values_is_refused():
     with pytest.raises(ConfigError, match="'invasive', but the store has no such column"):
         aux_targets(_rows(), ("invasive",), CPU)

@@ -24,7 +24,7 @@ from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Mix, Plan
 from dali_pipes.sampling import hard_rows, row_weights
 from dali_pipes.settings import LoaderSettings, PipelineSettings
-from dali_pipes.source import Fault, Source
+from dali_pipes.source import Fault, Source, require_patch_level
 from dali_pipes.steps import HostSteps
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store
@@ -76,6 +76,7 @@ class Loader:
         world_size: int = 1,
         arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
     ) -> None:
+        require_patch_level(store, pipeline)
         self._labels = rows["cancer"].to_numpy(np.float32)
         weights, hard = (row_weights(rows, loader), hard_rows(rows, loader)) if train else (None, None)
         self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size, weights, hard)

@@ -108,11 +108,6 @@ class Source:
         self._arrays, self._cache, self._place, self._encoded = arrays, cache, place or _as_it_is, encoded
         black = PLACEHOLDER if encoded else self._place(np.zeros((16, 16, 1), np.uint16))
         self._placeholder = _placeholder(black, pipeline.augment.grid_steps + 1)
-        if pipeline.patch_level not in (None, *store.levels):
-            raise ConfigError(
-                f"pipeline.patch_level = {pipeline.patch_level!r}: {store.root} has the levels "
-                f"{', '.join(store.levels)}. Name one of them, or convert with --levels."
-            )
         self._rows: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
 
     def sample(self, row: int, draw: Draw) -> tuple[Sample, Fault | None]:
@@ -123,7 +118,7 @@ class Source:
         shown = self._pipeline.height, self._pipeline.width
         matrix, region = output_to_tile(facts, level, self._pipeline, draw), (0, 0, height, width)
         if self._pipeline.patch_level is not None:
-            region = seen_region(matrix, height, width, *shown)
+            region = seen_region(matrix, height, width, *shown, moved=np.abs(self._grid(draw)).max(axis=(0, 1)))
             matrix[:, 2] -= region[1::-1]
         try:
             picture = self._picture(row, level, region)
@@ -229,6 +224,15 @@ def _cut(picture: Any, region: Region) -> Any:
     return np.ascontiguousarray(seen) if isinstance(seen, np.ndarray) else seen.contiguous()
 
 
+def require_patch_level(store: Store, pipeline: PipelineSettings) -> None:
+    """Raise a `ConfigError` where patches are wanted of a level that the store does not have."""
+    if pipeline.patch_level not in (None, *store.levels):
+        raise ConfigError(
+            f"pipeline.patch_level = {pipeline.patch_level!r}: {store.root} has the levels "
+            f"{', '.join(store.levels)}. Name one of them, or convert with --levels."
+        )
+
+
 def level_of(facts: Mapping[str, Any], levels: tuple[str, ...], pipeline: PipelineSettings) -> str:
     """The level that a manifest row is read from: that of the patches, or the smallest that need not be enlarged."""
     if pipeline.patch_level is not None:
@@ -278,13 +282,20 @@ def output_to_patch(
 
 
 def seen_region(
-    matrix: NDArray[np.float64], height: int, width: int, out_height: int, out_width: int
+    matrix: NDArray[np.float64],
+    height: int,
+    width: int,
+    out_height: int,
+    out_width: int,
+    moved: NDArray[np.floating] | tuple[float, float] = (0.0, 0.0),
 ) -> tuple[int, int, int, int]:
-    """Top, left, rows and columns of the level's part that an output shows, with a margin for filters and distortion.
+    """Top, left, rows and columns of the level's part that an output shows, with a margin for filters; `moved` is how
+    far a distortion grid moves a point at most, x and y in output pixels.
 
     At least one pixel, also where the output looks beside the level.
     """
-    corners = np.array([[0, out_width, 0, out_width], [0, 0, out_height, out_height], [1, 1, 1, 1]])
+    x, y = moved
+    corners = np.array([[-x, out_width + x, -x, out_width + x], [-y, -y, out_height + y, out_height + y], [1, 1, 1, 1]])
     seen = (matrix @ corners)[::-1]  # y, x
     margin = _PATCH_MARGIN * max(out_height, out_width)
     size = np.array([height, width])

@@ -3,7 +3,8 @@
 The order, and why:
     window    tile values to grey in [0, 1]
     CLAHE     on the level as it was cropped, before the warp: its tiles then cover the same tissue whatever the size,
-              the padding or the rotation of the output, and it works on no more pixels than the picture has
+              the padding or the rotation of the output, and it works on no more pixels than the picture has; of a
+              patch, on the region that is read for it, whose tiles lie elsewhere in each draw
     tone      brightness, contrast, gamma: pointwise, so on the host a table, and before the warp pads with black
     low-pass  where the warp shrinks
     warp      mirror, fit, flips, rotation, scale, shift and grid distortion in one resampling; outside is black

@@ -12,9 +12,10 @@ from nvidia.dali.types import DALIDataType
 
 from dali_pipes.loader import Loader
 from dali_pipes.pipelines import decode_region
-from dali_pipes.plan import Draw
+from dali_pipes.plan import Draw, Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
-from dali_pipes.source import Source, output_to_patch, seen_region
+from dali_pipes.source import Source, output_to_patch
+from dali_pipes.steps import HostSteps
 from preprocessing.errors import ConfigError
 from preprocessing.tiles import encode_level, read_level
 from tests.dali_pipes.stores import make_store, smooth
@@ -64,23 +65,22 @@ def test_patches_read_from_tiles_arrays_and_cache_are_the_same_bits(store):
     assert tiles.std(dim=(1, 2, 3)).min() > 0
 
 
-def test_what_lies_outside_the_region_read_is_not_missed(store):
-    """The warp of the region equals that of the whole level."""
-    pipeline = PLAIN.model_copy(update={"augment": CHANGED})
-    whole = Source(store, store.manifest, pipeline, arrays=lambda row, _level: full(store, row))
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        draw = Draw(
-            angle=rng.uniform(-15, 15), zoom=rng.uniform(0.85, 1.15), patch_x=rng.random(), patch_y=rng.random(),
-            shift_x=rng.uniform(-0.06, 0.06), hflip=bool(rng.random() < 0.5),
-        )  # fmt: skip
-        matrix = output_to_patch(300, 200, 48, 64, draw, False)
-        top, left, rows, columns = seen_region(matrix, 300, 200, 48, 64)
-        assert whole.sample(0, draw)[0].picture.shape == (rows, columns, 1)
-        corners = matrix @ np.array([[0, 64, 0, 64], [0, 0, 48, 48], [1, 1, 1, 1]])
-        inside = np.clip(corners[::-1], [[0], [0]], [[300], [200]])
-        assert (inside >= [[top], [left]]).all()
-        assert (inside <= [[top + rows], [left + columns]]).all()
+@pytest.mark.parametrize(("steps", "limit"), [(5, 0.25), (2, 0.45)])
+def test_what_lies_outside_the_region_read_is_not_missed(store, steps, limit, monkeypatch):
+    """A patch warped out of its region equals one warped out of the whole level, grid distortion included."""
+    changed = AugmentSettings(grid=1.0, grid_steps=steps, grid_limit=limit, blur=0.0, noise=0.0)
+    pipeline = PLAIN.model_copy(update={"augment": changed})
+    plan = Plan([0.0] * 3, LoaderSettings(), 0, True, changed)
+    source = Source(store, store.manifest, pipeline, arrays=lambda row, _level: full(store, row))
+    run = HostSteps(pipeline)
+    draws = [plan.sample(0, place) for place in range(100)]
+    parts = [source.sample(0, draw)[0] for draw in draws]
+    assert np.median([part.picture.size for part in parts]) < 300 * 200 / 4
+    monkeypatch.setattr("dali_pipes.source.seen_region", lambda *_, **__: (0, 0, 300, 200))
+    for draw, part in zip(draws, parts, strict=True):
+        whole = source.sample(0, draw)[0]
+        assert whole.picture.shape == (300, 200, 1)
+        assert np.abs(run(*part).astype(np.float64) - run(*whole)).max() < 1e-3
 
 
 def test_patches_come_from_all_over_the_level(store):
@@ -88,9 +88,10 @@ def test_patches_come_from_all_over_the_level(store):
     assert np.allclose(places, [[0, 0], [68, 126], [136, 252]])
 
 
-def test_a_level_that_the_store_lacks_is_named(store):
+def test_a_level_that_the_store_lacks_is_named_at_once(store):
+    lacking = PLAIN.model_copy(update={"patch_level": "4096"})
     with pytest.raises(ConfigError, match=r"patch_level = '4096'.*full, 128, 64"):
-        pictures(store, PLAIN.model_copy(update={"patch_level": "4096"}))
+        Loader(store, store.manifest, lacking, LoaderSettings())
 
 
 @pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw"])

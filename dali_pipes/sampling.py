@@ -22,7 +22,7 @@ def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.floa
         InputError: the manifest has no such column, or it holds something else than numbers above 0.
     """
     column = settings.weight_column
-    if column is None or settings.sampling != "weighted":
+    if column is None:
         return None
     if column not in rows:
         raise InputError(

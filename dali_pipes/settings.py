@@ -51,7 +51,7 @@ class AugmentSettings(_Settings):
     )
     blur: float = Field(default=0.1, ge=0, le=1, description="Probability of Gaussian blur.")
     blur_sigma: float = Field(
-        default=1.2, gt=0, le=10, description="Largest standard deviation of the blur, in pixels."
+        default=1.2, ge=0.3, le=10, description="Largest standard deviation of the blur, in pixels; the least is 0.3."
     )
     sharpen: float = Field(default=0.1, ge=0, le=1, description="Probability of sharpening (unsharp mask).")
     grid: float = Field(default=0.2, ge=0, le=1, description="Probability of grid distortion.")
@@ -89,6 +89,7 @@ class PipelineSettings(_Settings):
     )
     patch_level: str | None = Field(
         default=None,
+        coerce_numbers_to_str=True,
         description="Read patches of height × width pixels of this level ('full', '2048' ...) instead of whole "
         "pictures, at a random place in training with augmentation and from the middle otherwise.",
     )
@@ -113,7 +114,7 @@ class PipelineSettings(_Settings):
 
 
 class LoaderSettings(_Settings):
-    """How samples are drawn and delivered. None of it changes a sample but `balance`."""
+    """How samples are drawn and delivered. None of it changes how a picture looks."""
 
     batch_size: int = Field(default=8, ge=1, le=4096, description="Training samples a step and rank.")
     val_batch_size: int = Field(default=32, ge=1, le=4096, description="Validation and prediction samples a step.")
@@ -144,3 +145,10 @@ class LoaderSettings(_Settings):
     max_bad_samples: int = Field(
         default=10, ge=0, description="Damaged tiles after which a run stops, with their list."
     )
+
+    @model_validator(mode="after")
+    def _is_used(self) -> LoaderSettings:
+        for name, needed in (("weight_column", "weighted"), ("hard_negatives", "balanced")):
+            if getattr(self, name) is not None and self.sampling != needed:
+                raise ValueError(f"{name} needs sampling = '{needed}', and it is '{self.sampling}'")
+        return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -82,7 +83,7 @@ class TrainSettings(_Settings):
     focal_alpha: float = Field(
         default=0.25, ge=-1, le=1, description="Weight of the positive class in the focal loss; -1 for none."
     )
-    focal_gamma: float = Field(default=2.0, ge=0, le=10, description="Focusing exponent.")
+    focal_gamma: float = Field(default=2.0, ge=0, le=10, description="Focusing exponent: 1 or more, or 0 for none.")
     class_weights: Literal["none", "balanced"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default="none", description="Weight of positives: none, the inverse frequency of what is drawn, or a number."
     )
@@ -129,7 +130,9 @@ class TrainSettings(_Settings):
     )
 
     @model_validator(mode="after")
-    def _alpha_is_one(self) -> TrainSettings:
+    def _focal(self) -> TrainSettings:
+        if 0 < self.focal_gamma < 1:  # (1 - p)^gamma then has no finite slope at p = 1
+            raise ValueError(f"focal_gamma = {self.focal_gamma:g}: 1 or more, or 0 for none")
         if -1 < self.focal_alpha < 0:
             raise ValueError(f"focal_alpha = {self.focal_alpha:g}: between 0 and 1, or -1 for none")
         return self
@@ -194,17 +197,21 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] = (
         if not sign or not path.strip():
             raise ConfigError(f"--set {text}: expected NAME=VALUE such as train.lr=3e-4.")
         _assign(tree, path.strip(), _scalar(value), f"--set {text}")
-    return validate(tree, where=str(source) if source is not None else "the configuration")
+    return checked(Config, tree, str(source) if source is not None else "the configuration", overrides)
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def checked(model: type[_Model], values: dict[str, Any], where: str) -> _Model:
-    """One settings model from plain values; `where` is named in the `ConfigError` of the first wrong one."""
+def checked(model: type[_Model], values: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> _Model:
+    """One settings model from plain values; `where`, or the `a.b=c` that gave it, is named in the `ConfigError` of the
+    first wrong one."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
+        path = _path(error.errors()[0]["loc"])
+        given = [text for text in overrides if text.partition("=")[0].strip() == path]
+        where = f"--set {given[-1]}" if given else where
         raise ConfigError(f"{where}: {_explain(error, model)}") from None
 
 
@@ -261,8 +268,7 @@ def _assign(tree: dict[str, Any], path: str, value: Any, where: str) -> None:
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
-    # A union's tag, such as literal['none','balanced'], is pydantic's own and no name in the tree.
-    path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         names = _names_beside(first["loc"], model)
         close = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
@@ -272,6 +278,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "value_error":  # a rule over several settings says itself which and what it found
         return f"{path}: {message}." if path else f"{message}."
     return f"{path} = {first.get('input')!r}: {message[0].lower()}{message[1:]}."
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    # A union's tag, such as literal['none','balanced'], is pydantic's own and no name in the tree.
+    return ".".join(str(part) for part in location if "[" not in str(part))
 
 
 def _names_beside(location: tuple[int | str, ...], model: Any) -> list[str]:

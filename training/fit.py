@@ -48,8 +48,8 @@ def fit(
 
     Raises:
         InputError: an unknown fold, one without both classes in training or validation, or without any of a covariate.
-        RunError: the folder is there and `resume` is not asked for, or it was begun with something else, or a loss was
-            not finite.
+        RunError: the folder is there and `resume` is not asked for, or it was begun with something else, or a loss, a
+            gradient or a prediction was not finite.
         SystemExit: SIGTERM or Ctrl-C came; the run is saved and can be resumed. Status 128 + the signal's number.
     """
     store = store if isinstance(store, Store) else open_store(store)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def train_epoch(
         after_step: called after each optimiser step: logs, saves (after the guard has been asked), stops.
 
     Raises:
-        RunError: a loss was not finite; names the batch.
+        RunError: a loss or its gradient was not finite; names the batch.
     """
     parts.module.train()
     guard = FiniteGuard(parts.device, parts.image_ids)
@@ -121,9 +121,13 @@ def train_epoch(
             if not ends_window:
                 continue
 
+            parts.scaler.unscale_(parts.optimizer)
+            trained = [parameter for parameter in parts.model.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in trained])
+            if not parts.scaler.is_enabled():  # which passes over such steps itself
+                guard.watch_gradient(norm)
             if parts.grad_clip:
-                parts.scaler.unscale_(parts.optimizer)
-                nn.utils.clip_grad_norm_(parts.model.parameters(), parts.grad_clip)
+                nn.utils.clip_grads_with_norm_(trained, parts.grad_clip, norm)
             parts.scaler.step(parts.optimizer)
             parts.scaler.update()
             parts.optimizer.zero_grad(set_to_none=True)
@@ -181,7 +185,7 @@ def validate(parts: Parts, batches: Iterable[Batch], monitor: Any) -> Validation
 
 
 class FiniteGuard:
-    """Notices a loss that is not finite without waiting for the device at each step.
+    """Notices a loss or a gradient that is not finite without waiting for the device at each step.
 
     The first bad batch is remembered on the device; every `interval` steps, and before anything is saved, it is asked.
     """
@@ -194,24 +198,31 @@ class FiniteGuard:
 
     def watch(self, loss: Tensor, index: Tensor, at: Position) -> None:
         """Take note of a batch's loss (scalar) and of its samples [B]."""
-        here = torch.full_like(self._first, len(self._watched))
-        self._first = torch.where((self._first < 0) & ~torch.isfinite(loss.detach()), here, self._first)
         self._watched.append((at.epoch, at.batch, index))
+        self._note(loss.detach())
+
+    def watch_gradient(self, norm: Tensor) -> None:
+        """Take note of the norm (scalar) of a window's gradient, whose last batch was watched last."""
+        self._note(norm)
+
+    def _note(self, value: Tensor) -> None:
+        here = torch.full_like(self._first, len(self._watched) - 1)
+        self._first = torch.where((self._first < 0) & ~torch.isfinite(value), here, self._first)
 
     def is_due(self) -> bool:
         """Whether `interval` batches have gone by unchecked."""
         return len(self._watched) >= self._interval
 
     def check(self) -> None:
-        """Raise a `RunError` that names the first batch whose loss was not finite."""
+        """Raise a `RunError` that names the first batch whose loss or gradient was not finite."""
         first = int(self._first)
         if first >= 0:
             epoch, batch, index = self._watched[first]
             rows = [int(row) for row in index]
             names = ", ".join(self._image_ids[row] if self._image_ids else f"row {row}" for row in rows)
             raise RunError(
-                f"The loss was not finite in epoch {epoch + 1}, batch {batch + 1} (images {names}). Lower train.lr, "
-                "set train.precision=fp32, or look at those images; the last checkpoint is sound."
+                f"The loss or its gradient was not finite in epoch {epoch + 1}, batch {batch + 1} (images {names}). "
+                "Lower train.lr, set train.precision=fp32, or look at those images; what was saved before is sound."
             )
         self._watched.clear()
 

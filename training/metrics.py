@@ -123,7 +123,7 @@ def aggregate_predictions(predictions: pd.Series, groups: pd.Series, aggregate: 
     grouped = predictions.groupby(groups, sort=True)
     if aggregate == "noisy_or":
         kept = pd.Series(np.log1p(-predictions.to_numpy(np.float64).clip(0, 1 - 1e-12)), index=predictions.index)
-        return 1 - pd.Series(np.exp(kept.groupby(groups, sort=True).sum()))
+        return 1 - pd.Series(np.exp(kept.groupby(groups, sort=True).sum(min_count=1)))
     return grouped.max() if aggregate == "max" else grouped.mean()
 
 
@@ -195,7 +195,8 @@ def bootstrap(frame: pd.DataFrame, resamples: int = 1000, seed: int = 0, level: 
         for name, values in figures.items():
             draws.setdefault(name, []).append(values[usable])
     tail = 100 * (1 - level) / 2
-    intervals: dict[str, Any] = {"resamples": used}
+    names = (*INTERVALS, *(f"sensitivity_at_{specificity:g}" for specificity in SPECIFICITIES))
+    intervals: dict[str, Any] = {"resamples": used, **dict.fromkeys(names)}
     for name, parts in draws.items():
         values = np.concatenate(parts)
         intervals[name] = np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None

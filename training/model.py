@@ -26,7 +26,7 @@ def build_model(settings: ModelSettings, in_chans: int = 1) -> MammoModel:
     """The model with random weights; `weights.load_pretrained` fills the backbone.
 
     Raises:
-        ConfigError: timm does not know the backbone, or it has no feature map.
+        ConfigError: timm does not know the backbone, or it cannot do what the settings ask for.
     """
     if not timm.is_model(settings.backbone):
         known = timm.list_models()
@@ -50,7 +50,12 @@ def build_model(settings: ModelSettings, in_chans: int = 1) -> MammoModel:
         ) from None
     _freeze(backbone, settings)
     if settings.gradient_checkpointing:
-        cast(nn.Module, backbone).set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        try:
+            cast(nn.Module, backbone).set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        except (AssertionError, AttributeError):
+            raise ConfigError(
+                f"model.gradient_checkpointing: '{settings.backbone}' cannot do it; set it to false."
+            ) from None
     return MammoModel(backbone, settings)
 
 

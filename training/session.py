@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from dali_pipes.settings import PipelineSettings
+from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store
 from preprocessing.progress import Progress
 from training import checkpoint, metrics, runs
@@ -105,6 +106,12 @@ class Session:
             self._open_loader(config.pipeline)
             limit = config.train.max_steps
             batches = self.loader.steps_per_epoch
+            if not batches:
+                raise InputError(
+                    f"data.loader.batch_size = {config.data.loader.batch_size} × {self.place.size} process(es): an "
+                    f"epoch of {config.data.loader.epoch_samples or len(self.training)} samples has no such batch. "
+                    "Lower it, or raise data.loader.epoch_samples."
+                )
             self.at.batches = min(batches, limit * config.train.accumulate) if limit else batches
             self.parts, weights = build_parts(
                 config,
@@ -261,6 +268,13 @@ class Session:
         index = np.concatenate([part.index for part in found])
         rows = self.held_out.iloc[index].assign(prediction=np.concatenate([part.prediction for part in found]))
         ok = np.concatenate([part.ok for part in found])
+        wrong = rows[ok & ~np.isfinite(rows["prediction"].to_numpy(np.float64))]
+        if len(wrong):
+            raise RunError(
+                f"After epoch {self.at.epoch + 1} the model gives no finite prediction for {len(wrong)} of {len(rows)} "
+                f"pictures ({', '.join(wrong['image_id'].head(3))}{' ...' if len(wrong) > 3 else ''}). Lower train.lr, "
+                "or set train.precision=fp32; what was saved before is sound."
+            )
         known = sum(part.known for part in found)
         loss = sum(part.loss_sum for part in found) / known if known else float("nan")
         return rows[ok].sort_values(["patient_id", "image_id"]), loss, int((~ok).sum())

@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from dali_pipes.plan import Plan
 from dali_pipes.sampling import hard_rows, row_weights
@@ -26,6 +27,14 @@ def test_weights_that_are_no_numbers_above_0_are_named(values):
 def test_an_unknown_weight_column_is_named():
     with pytest.raises(InputError, match="weight_column = v"):
         row_weights(ROWS, LoaderSettings(sampling="weighted", weight_column="v"))
+
+
+@pytest.mark.parametrize("unused", [{"weight_column": "w"}, {"hard_negatives": "h.csv", "sampling": "weighted"}])
+def test_what_the_sampling_does_not_use_is_refused(unused):
+    with pytest.raises(
+        ValidationError, match=r"(weight_column needs sampling = 'weighted'|hard_negatives needs .*'balanced')"
+    ):
+        LoaderSettings(**unused)
 
 
 def test_hard_negatives_have_their_share_of_a_balanced_epochs_negatives():

@@ -18,6 +18,21 @@ def test_a_loss_that_is_none_is_refused(setting):
         load_config(None, (f"train.{setting}",))
 
 
+def test_a_focusing_exponent_without_a_finite_slope_is_refused():
+    with pytest.raises(ConfigError, match=r"focal_gamma = 0\.5: 1 or more, or 0 for none"):
+        load_config(None, ("train.focal_gamma=0.5",))
+    assert load_config(None, ("train.focal_gamma=0",)).train.focal_gamma == 0
+
+
+def test_a_level_may_be_named_as_a_number():
+    assert load_config(None, ("pipeline.patch_level=2048",)).pipeline.patch_level == "2048"
+
+
+def test_a_wrong_override_is_named_and_not_the_preset():
+    with pytest.raises(ConfigError, match=r"^--set train\.epochs=none: train\.epochs = 'none'"):
+        load_config("small-cpu", ("train.lr=1", "train.epochs=none"))
+
+
 def test_what_a_checkpoint_may_be_continued_with_is_in_the_tree():
     tree = Config().model_dump()
     for name in checkpoint.FREE:

@@ -15,12 +15,13 @@ from torch import nn
 
 from preprocessing.errors import ConfigError, InputError, RunError
 from tests.training import fakes
-from training import fit, folds, metrics, runs, session
+from training import checkpoint, fit, folds, metrics, runs, session
 from training.build import build_parts, build_schedule
 from training.config import TrainSettings, load_config
 from training.device import pick_device, pick_precision
 from training.distributed import World
 from training.loop import Position, step_seed, train_epoch, validate
+from training.losses import Loss
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(store, bad_
     names = ", ".join(rows["image_id"].iloc[batches[bad_step]["index"].numpy()])
     with pytest.raises(RunError, match=rf"epoch 4, batch {bad_step + 1} \(images {names}\)"):
         train_epoch(parts, batches, Position(epoch=3, batches=6), fakes.FakeMonitor(None), lambda at, guard: None)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_saved(store, tmp_path, monkeypatch):
+    """A finite loss whose slope is not: the square root's at 0."""
+    original = Loss.per_sample
+    calls = []
+
+    def steep(self, logits, labels):
+        calls.append(logits)
+        return original(self, logits, labels) + (torch.sqrt(0 * logits) if len(calls) == 3 else 0)
+
+    monkeypatch.setattr(Loss, "per_sample", steep)
+    with pytest.raises(RunError, match=r"loss or its gradient was not finite in epoch 1, batch 3 "):
+        fit.fit(fakes.small_config("train.checkpoint_steps=1"), store, 0, tmp_path / "run")
+    state, described = checkpoint.newest(tmp_path / "run" / "fold0" / "checkpoints")
+    assert described["step"] == 2
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_predictions_that_are_not_finite_end_the_run_and_no_model_is_kept_for_them(store, tmp_path, monkeypatch):
+    def broken(parts, batches, monitor):
+        found = validate(parts, batches, monitor)
+        found.prediction[[1, 4]] = np.nan
+        return found
+
+    monkeypatch.setattr(session, "validate", broken)
+    with pytest.raises(RunError, match=r"After epoch 1 the model gives no finite prediction for 2 of 48 pictures \(0"):
+        fit.fit(fakes.small_config(), store, 0, tmp_path / "run")
+    assert not (tmp_path / "run" / "fold0" / "validation.csv").exists()
+
+
+def test_an_epoch_without_a_whole_batch_is_refused_before_anything_is_written(store, tmp_path):
+    with pytest.raises(
+        InputError, match=r"batch_size = 64 × 1 process\(es\): an epoch of 48 samples has no such batch"
+    ):
+        fit.fit(fakes.small_config("data.loader.batch_size=64"), store, 0, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_predicts_each_row_once_without_changing_the_model(store):

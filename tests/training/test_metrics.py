@@ -94,6 +94,22 @@ def test_confusion_counts_agree_with_scikit_learn():
     assert found["specificity"] == pytest.approx(tn / (tn + fp))
 
 
+def test_a_breast_without_any_prediction_has_none_however_pictures_are_joined():
+    predictions, groups = pd.Series([np.nan, np.nan, 0.5]), pd.Series(["a", "a", "b"])
+    for aggregate in ("mean", "max", "noisy_or", "power:2"):
+        found = metrics.aggregate_predictions(predictions, groups, aggregate)
+        assert np.isnan(found["a"])
+        assert found["b"] == pytest.approx(0.5)
+
+
+def test_intervals_of_nothing_are_none():
+    nothing = pd.DataFrame({"patient_id": ["a"], "cancer": [1.0], "prediction": [np.nan]})
+    found = metrics.bootstrap(nothing, 10)
+    assert found.pop("resamples") == 0
+    assert {*metrics.INTERVALS, "sensitivity_at_0.9"} <= found.keys()
+    assert set(found.values()) == {None}
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_what_needs_both_classes_is_nan_without_them(label):
     found = metrics.summarise([label, label], [0.2, 0.7])

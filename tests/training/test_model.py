@@ -133,6 +133,11 @@ def test_a_backbone_without_stochastic_depth_is_built_without_it():
     assert _model(backbone="densenet121", drop_path=0.0).head.in_features == 1024
 
 
+def test_a_backbone_that_cannot_be_checkpointed_says_so():
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing: 'selecsls42b' cannot do it"):
+        _model(backbone="selecsls42b", drop_path=0.0, gradient_checkpointing=True)
+
+
 def test_tokens_of_an_unknown_grid_are_refused():
     with pytest.raises(ConfigError, match="feature map"):
         require_sizes(_model(backbone="levit_128s"), 1, {(224, 224)})

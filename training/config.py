@@ -204,14 +204,13 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def checked(model: type[_Model], values: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> _Model:
-    """One settings model from plain values; `where`, or the `a.b=c` that gave it, is named in the `ConfigError` of the
-    first wrong one."""
+    """One settings model from plain values; `where`, or `--set` for a value of `overrides` (`a.b=c`), is named in the
+    `ConfigError` of the first wrong one."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         path = _path(error.errors()[0]["loc"])
-        given = [text for text in overrides if text.partition("=")[0].strip() == path]
-        where = f"--set {given[-1]}" if given else where
+        where = "--set" if any(text.partition("=")[0].strip() == path for text in overrides) else where
         raise ConfigError(f"{where}: {_explain(error, model)}") from None
 
 

@@ -175,11 +175,27 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A rotating log whose folder is made with the first line, so that a command that fails at once leaves nothing."""
+    """A rotating log whose folder is made with the first line, so that a command that fails at once leaves nothing.
+
+    Where it cannot be written it ends, and says so on standard error; the command goes on.
+    """
 
     def __init__(self, path: Path, formatter: logging.Formatter) -> None:
         super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, delay=True, encoding="utf-8")
         self.setFormatter(formatter)
+        self._ended = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._ended:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._ended = True
+        sys.stderr.write(f"{self.baseFilename}: no more is logged here: {error.strerror}.\n")
 
     def _open(self) -> Any:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)

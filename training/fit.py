@@ -47,12 +47,15 @@ def fit(
         console: what shows progress on the screen; see console.py.
 
     Raises:
-        InputError: an unknown fold, one without both classes in training or validation, or without any of a covariate.
+        InputError: `out` is a file, an unknown fold, one without both classes in training or validation, or without any
+            of a covariate.
         RunError: the folder is there and `resume` is not asked for, or it was begun with something else, or a loss, a
             gradient or a prediction was not finite.
         SystemExit: SIGTERM or Ctrl-C came; the run is saved and can be resumed. Status 128 + the signal's number.
     """
     store = store if isinstance(store, Store) else open_store(store)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"{out}: a file, not a folder. Name another for the run with --out.")
     folder = Path(out) / f"fold{fold}"
     device = pick_device(config.train.device)
     with world(device) as place, training_advice(config):

@@ -124,6 +124,17 @@ def test_a_terminal_shows_a_bar_with_the_figures_under_it(monkeypatch):
     assert "\n  loss 0.5" in plain
 
 
+def test_a_log_that_cannot_be_written_ends_with_one_line_and_the_command_goes_on(tmp_path, capsys):
+    (tmp_path / "run").write_text("a file")
+    with Console(directory=tmp_path / "run", quiet=True) as console:
+        console.print("one")
+        console.print("two")
+    told = capsys.readouterr().err
+    assert told.count("no more is logged here: ") == 1
+    assert str(tmp_path / "run" / "run.log") in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(8.6, "0:09"), (750, "12:30"), (11100, "3:05:00")])
 def test_durations_read_like_a_clock(seconds, text):
     assert clock_text(seconds) == text

@@ -157,6 +157,12 @@ def test_predictions_that_are_not_finite_end_the_run_and_no_model_is_kept_for_th
     assert not (tmp_path / "run" / "fold0" / "validation.csv").exists()
 
 
+def test_a_run_is_not_put_into_a_file(store, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(InputError, match="run: a file, not a folder"):
+        fit.fit(fakes.small_config(), store, 0, tmp_path / "run")
+
+
 def test_an_epoch_without_a_whole_batch_is_refused_before_anything_is_written(store, tmp_path):
     with pytest.raises(
         InputError, match=r"batch_size = 64 × 1 process\(es\): an epoch of 48 samples has no such batch"

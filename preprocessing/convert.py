@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from preprocessing import gpu_decode, ingest, table
 from preprocessing import workers as workers_module
@@ -52,6 +53,7 @@ class ConvertSummary:
     converted: int = 0
     unchanged: int = 0
     rejected: int = 0
+    left_out: int = 0  # that the manifest had, and this table does not name
     on_gpu: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -67,6 +69,11 @@ class ConvertSummary:
         for name, count in (+self.by_syntax).most_common():
             took = self.seconds_by_syntax[name]
             lines.append(f"  {count} {name}: {took / count * 1000:.0f} ms a picture")
+        if self.left_out:
+            lines.append(
+                f"  {self.left_out} that the store had are not in this table, and no longer in manifest.parquet; their "
+                "tiles stay, and come back with a table that names them"
+            )
         if self.on_gpu:
             lines.append(f"  {self.on_gpu} decoded on the GPU")
         for reason, count in self.by_reason.most_common():
@@ -201,6 +208,7 @@ class _Run:
         keys = pa.table({"patient": pa.array(patients, pa.string()), "image": pa.array(identifiers, pa.string())})
         keys = keys.append_column("position", pa.array(kept, pa.int64()))
         order = keys.sort_by([("patient", "ascending"), ("image", "ascending")])["position"].to_numpy()
+        self._summary.left_out = len(self._had() - set(self._table["image_id"]))
         extra = table.extra_columns(self._table, set(COLUMNS)) if self._from_csv else {}
         ordered = self._table.iloc[order]
         write_manifest(self._out, self._rows(ordered, extra), self._settings.levels, extra)
@@ -209,6 +217,13 @@ class _Run:
         self._summary.rejected = sum(self._summary.by_reason.values())
         self._summary.seconds = time.perf_counter() - self._start
         return self._summary
+
+    def _had(self) -> set[str]:
+        """The image_ids of the manifest that is about to be replaced."""
+        try:
+            return set(pq.read_table(self._out / "manifest.parquet", columns=["image_id"])["image_id"].to_pylist())
+        except (OSError, pa.ArrowException):  # none yet, or a damaged one
+            return set()
 
     def _sources(self, listed: pd.DataFrame | None = None) -> Iterator[Source]:
         return table.sources(self._images, self._table if listed is None else listed, self._from_csv)

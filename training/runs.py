@@ -56,8 +56,7 @@ class FoldRun:
     def config(self) -> Config:
         """The configuration that it was trained with."""
         # Not load_config: debug mode would lay its values over the saved ones again.
-        path = self.folder / CONFIG
-        return validate(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+        return validate(read_config(self.folder), where=str(self.folder / CONFIG))
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -79,12 +78,20 @@ class FoldRun:
         """The best epoch's predictions on the fold's own pictures, one row a picture.
 
         Raises:
-            RunError: there are none yet.
+            RunError: there are none yet, or the file is damaged.
         """
         path = self.folder / VALIDATION
         if not path.is_file():
             raise RunError(f"{path}: not there yet; the fold has not finished its first epoch. Train it with --resume.")
-        return pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str)).fillna(dict.fromkeys(_ID_COLUMNS, ""))
+        try:
+            found = pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str))
+        except ValueError as error:  # pandas' own errors are ValueErrors
+            raise RunError(f"{path}: not readable as a CSV ({error}); the run is damaged there.") from None
+        needed = ("image_id", "patient_id", "prediction_id", "cancer", "fold", "prediction")
+        lacking = [column for column in needed if column not in found]
+        if lacking:
+            raise RunError(f"{path}: it has no column {lacking[0]}; the run is damaged there.")
+        return found.fillna(dict.fromkeys(_ID_COLUMNS, ""))
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind; a last line cut off by a crash is passed over."""
@@ -150,7 +157,7 @@ def continues(folder: Path, config: Config, store: Store) -> bool:
 
 def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     """What this configuration and store differ in from those that a fold's folder was begun with."""
-    saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    saved = read_config(folder)
     wanted = config.model_dump(mode="json")
     environment = FoldRun(folder, 0).environment
     # More processes with smaller batches are the same training as long as the global batch is.
@@ -178,6 +185,22 @@ def begin(folder: Path, config: Config, environment: dict[str, Any]) -> None:
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     write_json(folder / ENVIRONMENT, environment)
     write_atomically(folder / CONFIG, dump(config).encode())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a fold's folder was begun with, as plain values.
+
+    Raises:
+        RunError: not readable.
+    """
+    path = folder / CONFIG
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise RunError(f"{path}: not readable as YAML; the run is damaged there.")
+    return tree
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -134,6 +134,18 @@ def test_only_what_is_missing_or_changed_is_done_again(tmp_path: Path) -> None:
     assert open_store(out).manifest.set_index("image_id").loc["1003", "cancer"] == 0
 
 
+def test_pictures_that_another_table_does_not_name_leave_the_manifest_and_come_back(tmp_path: Path) -> None:
+    images, csv = data_set(tmp_path, 6)
+    assert convert(images, csv, tmp_path / "store", SETTINGS).left_out == 0
+    shorter = tmp_path / "shorter.csv"
+    shorter.write_text("\n".join(csv.read_text().splitlines()[:4]) + "\n")
+    second = convert(images, shorter, tmp_path / "store", SETTINGS)
+    assert (second.images, second.left_out) == (3, 3)
+    assert "3 that the store had are not in this table" in str(second)
+    third = convert(images, csv, tmp_path / "store", SETTINGS)
+    assert (third.images, third.converted, third.left_out) == (6, 0, 0)
+
+
 def test_a_picture_marked_inverted_later_is_turned(tmp_path: Path) -> None:
     images, csv = data_set(tmp_path, 4)
     convert(images, csv, tmp_path / "store", SETTINGS)

@@ -145,3 +145,20 @@ def test_a_run_without_predictions_says_what_to_do(tmp_path):
     runs.begin(tmp_path / "fold0", fakes.small_config(), {})
     with pytest.raises(RunError, match="no fold has finished its first epoch"):
         evaluate.evaluate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "a: [", "not readable as YAML"),
+        ("config.yaml", "", "not readable as YAML"),
+        ("validation.csv", "", "not readable as a CSV"),
+        ("validation.csv", "image_id,cancer\n1,0\n", "it has no column patient_id"),
+        ("environment.json", "{", "not readable as JSON"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content, message):
+    root = _write_run(tmp_path / "run", _frame())
+    (root / "fold0" / name).write_text(content)
+    with pytest.raises(RunError, match=rf"fold0/{name}: {message}.*damaged there"):
+        evaluate.evaluate(root)

@@ -174,7 +174,7 @@ def find_file(images: Path, row: Mapping[str, str]) -> tuple[str, str]:
     if not (_plain(patient) and _plain(image)):
         return "", "its ids cannot be file names"
     for folder in (patient, "."):
-        for suffix in _SUFFIXES:
+        for suffix in (*_SUFFIXES, *(each.upper() for each in _SUFFIXES if each)):
             name = posixpath.normpath(posixpath.join(folder, image + suffix))
             if _there(images / name):
                 return name, ""

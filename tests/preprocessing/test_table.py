@@ -86,6 +86,7 @@ def test_what_is_no_number_is_nan(cell: object) -> None:
         ("10006/1", {"patient_id": "10006", "image_id": "1"}),
         ("10006/1.JPEG", {"patient_id": "10006", "image_id": "1"}),
         ("1.tif", {"patient_id": "10006", "image_id": "1"}),
+        ("1.DCM", {"patient_id": "10006", "image_id": "1"}),
         ("images/p_1.jpg", {"patient_id": "10006", "image_id": "1", "file": "images/p_1.jpg"}),
         ("images/p_1.jpg", {"patient_id": "10006", "image_id": "1", "file": "./images\\p_1.jpg"}),
     ],

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TimedOut
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -211,8 +211,9 @@ def _run_local(
             in_flight -= 1
             yield from outcomes
     finally:
-        while not waiting.empty():
-            waiting.get_nowait()
+        with suppress(queue.Empty):
+            while True:
+                waiting.get_nowait()
         for _ in threads:
             waiting.put(stop)
         for thread in threads:

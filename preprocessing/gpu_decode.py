@@ -42,6 +42,7 @@ WAVELETS = frozenset({Kind.JPEG_2000, Kind.HTJ2K})
 THREADS = 4  # of a decoder: codestreams on the GPU at once
 _DECODERS = 2  # one's host work beside the other's
 _BATCH = 8  # codestreams a decoder takes at a time, at most
+_OPEN_S = 120.0  # the first use of a GPU may take half a minute
 _ANSWER_S = 30.0  # after which the GPU is taken for lost
 _HEAD = "<IIB"  # rows, columns, bytes a value
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def serving(context: ForkServerContext) -> Iterator[Address | None]:
         process.start()
         there.close()
         try:
-            problem = here.recv()
+            problem = here.recv() if here.poll(_OPEN_S) else f"the GPU did not open within {_OPEN_S:g} s"
         except EOFError:
             problem = "the process that should open the GPU died"
         if problem:

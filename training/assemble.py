@@ -252,7 +252,7 @@ def given_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.flo
     given = np.ones(count) if weights is None else np.asarray(weights, np.float64)
     if len(given) != count or not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
         raise InputError(
-            f"weights: expected one of 0 or more for each of {count} run(s), not all 0; found {list(weights or [])}."
+            f"weights: expected {count} number(s) of 0 or more, one a run, not all 0; found {list(weights or [])}."
         )
     return given / given.sum()
 

@@ -124,7 +124,7 @@ def test_runs_that_held_out_other_breasts_cannot_be_weighed(tmp_path: Path):
         runs.write_table(fold.folder / runs.VALIDATION, renamed)
     with pytest.raises(RunError, match="0 breasts were held out by every run"):
         open_ensemble([one, other], "cpu", weights="fitted")
-    with pytest.raises(InputError, match="expected 2 numbers"):
+    with pytest.raises(InputError, match=r"expected 2 number\(s\)"):
         open_ensemble([one, other], "cpu", weights=[1])
 
 

@@ -192,7 +192,7 @@ def test_several_models_are_averaged_each_with_its_own_calibration_and_covariate
     for wrong, message in (({"binary": True}, "--binary"), ({"weights": "fitted"}, "--weights fitted")):
         with pytest.raises(InputError, match=message):
             predict([], tmp_path / "t.csv", model=both, store=data / "store", device="cpu", **wrong)
-    with pytest.raises(InputError, match="expected 2 numbers"):
+    with pytest.raises(InputError, match=r"expected 2 number\(s\)"):
         predict([], tmp_path / "t.csv", model=both, weights=[1], store=data / "store", device="cpu")
 
 

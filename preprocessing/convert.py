@@ -26,10 +26,10 @@ from preprocessing import workers as workers_module
 from preprocessing.errors import InputError, StoreError
 from preprocessing.journal import Entry, Journal, locked
 from preprocessing.manifest import (
-    COLUMNS,
     Store,
     level_column,
     open_store,
+    schema,
     write_head,
     write_manifest,
     write_rejected,
@@ -209,7 +209,8 @@ class _Run:
         keys = keys.append_column("position", pa.array(kept, pa.int64()))
         order = keys.sort_by([("patient", "ascending"), ("image", "ascending")])["position"].to_numpy()
         self._summary.left_out = len(self._had() - set(self._table["image_id"]))
-        extra = table.extra_columns(self._table, set(COLUMNS)) if self._from_csv else {}
+        known = set(schema(self._settings.levels, {}).names)
+        extra = table.extra_columns(self._table, known) if self._from_csv else {}
         ordered = self._table.iloc[order]
         write_manifest(self._out, self._rows(ordered, extra), self._settings.levels, extra)
         write_rejected(self._out, self._rejections())
@@ -319,7 +320,10 @@ def _claim(out: Path) -> None:
         raise StoreError(f"{out}: a file, not a folder. Give a folder for the store with --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        visible = [name.name for name in out.iterdir() if not name.name.startswith(".")]
+        # What watched a first try that failed is none of the user's.
+        visible = [
+            name.name for name in out.iterdir() if not name.name.startswith(".") and name.name != "metrics.jsonl"
+        ]
     except OSError as error:
         raise StoreError(f"{out}: cannot be written: {error.strerror}.") from None
     if visible and "store.json" not in visible:

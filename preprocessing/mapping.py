@@ -49,7 +49,10 @@ def map_columns(table: pd.DataFrame, given: Sequence[str], csv: Path) -> pd.Data
 def one_row_a_picture(table: pd.DataFrame) -> pd.DataFrame:
     """Rows that share their `image_id` as one, in the place of the first: sets that list findings have several rows a
     picture. There is cancer where one of them says so; other cells are the first row's."""
+    from preprocessing.table import number  # which imports this module
+
     if "cancer" in table.columns:
-        cancer = pd.to_numeric(table["cancer"], errors="coerce").groupby(table["image_id"]).transform("max")
+        known = table["cancer"].map(lambda cell: number({"": cell}, ""))
+        cancer = known.groupby(table["image_id"]).transform("max")
         table = table.assign(cancer=table["cancer"].where(cancer.isna(), cancer.map("{:g}".format)))
     return table.drop_duplicates("image_id", ignore_index=True)

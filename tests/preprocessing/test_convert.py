@@ -18,6 +18,7 @@ from preprocessing.convert import convert, verify
 from preprocessing.errors import InputError, StoreError, UserError
 from preprocessing.journal import locked
 from preprocessing.manifest import STORE_VERSION, open_store
+from preprocessing.mapping import one_row_a_picture
 from preprocessing.progress import Progress
 from preprocessing.settings import ConvertSettings
 from tests.preprocessing.pictures import HEADER, data_set, digest, picture, write_png
@@ -353,3 +354,25 @@ def test_the_real_subset_converts_with_its_inverted_pictures_turned(real_data: P
     for row in store.manifest.to_dict("records"):
         level = tiles.read_level(store.root / row["path_full"])
         assert np.median(level[[0, -1]]) < 60, "the background must be dark"
+
+
+@pytest.mark.parametrize(("no", "yes"), [("False", "True"), ("no", "yes"), ("0", "1")])
+def test_there_is_cancer_where_one_row_of_a_picture_says_so_in_any_words(no: str, yes: str) -> None:
+    table = pd.DataFrame({"image_id": ["a", "a", "b", "b"], "cancer": [no, yes, no, ""]})
+    assert [float(cell) for cell in one_row_a_picture(table)["cancer"]] == [1.0, 0.0]
+
+
+def test_a_manifest_serves_as_the_table_of_another_store(tmp_path: Path) -> None:
+    images, csv = data_set(tmp_path, 3)
+    convert(images, csv, tmp_path / "store", SETTINGS, workers=1)
+    manifest = open_store(tmp_path / "store").manifest
+    manifest.assign(file=manifest["source_path"]).to_csv(tmp_path / "again.csv", index=False)
+    convert(images, tmp_path / "again.csv", tmp_path / "again", SETTINGS, workers=1)
+    assert len(open_store(tmp_path / "again").manifest) == 3
+
+
+def test_a_first_try_that_was_watched_and_failed_does_not_close_its_folder(tmp_path: Path) -> None:
+    images, csv = data_set(tmp_path, 3)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "metrics.jsonl").write_text("{}\n")
+    assert convert(images, csv, tmp_path / "store", SETTINGS, workers=1).images == 3

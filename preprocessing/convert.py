@@ -41,7 +41,7 @@ from preprocessing.table import Source
 # Settings that change no byte of a store.
 _FREE = {"decode_on", "timeout_s", "memory_mb", "max_pixels"}
 # Reasons that may have lain in the machine rather than in the file: a later run tries again.
-_PASSING = {"timeout", "crash", "memory", "internal", "unreadable"}
+_PASSING = {"timeout", "crash", "memory", "internal", "unreadable", "too_large"}
 
 
 @dataclass

@@ -105,7 +105,13 @@ class Store:
     @cached_property
     def manifest(self) -> pd.DataFrame:
         """One row an image, in order of patient_id and image_id, with a fresh 0-based index."""
-        return pd.read_parquet(self.root / "manifest.parquet")
+        path = self.root / "manifest.parquet"
+        try:
+            return pd.read_parquet(path)
+        except pa.ArrowException:
+            raise StoreError(
+                f"{path}: damaged. Run the same convert again: it makes it anew from what is converted."
+            ) from None
 
     @cached_property
     def rejected(self) -> pd.DataFrame:
@@ -154,7 +160,10 @@ def open_store(root: str | Path, finished: bool = True) -> Store:
         )
     if finished and not (root / "manifest.parquet").is_file():
         raise StoreError(f"{root}: its conversion has not finished (manifest.parquet is missing). Run convert again.")
-    return Store(root, ConvertSettings.model_validate(described["settings"]))
+    try:
+        return Store(root, ConvertSettings.model_validate(described["settings"]))
+    except (KeyError, ValueError):  # pydantic's own are ValueErrors
+        raise StoreError(f"{head}: not readable as a store's head. Convert again into a new folder.") from None
 
 
 def pick_level(levels: tuple[str, ...], height: int, width: int, target_height: int, target_width: int) -> str:

@@ -111,6 +111,8 @@ def _decode_tiff(file: Source, settings: ConvertSettings) -> tuple[NDArray[np.in
             raise Rejection(Reason.MULTI_FRAME, f"{len(pages)} pages; page {index} asked for (the first is 0)")
         page = pages[index]
         check_size(page.imagelength, page.imagewidth, settings.max_pixels)
+        if page.photometric not in (0, 1, 2, 6):  # MINISWHITE, MINISBLACK, RGB, YCBCR
+            raise Rejection(Reason.COLOUR, "a palette, CMYK or another TIFF; grey, RGB or YCbCr expected")
         if page.dtype is None or page.dtype not in (np.uint8, np.uint16, np.int16):
             raise Rejection(Reason.UNSUPPORTED_PIXELS, f"{page.dtype} pixels; 8 or 16 bits of integers expected")
         end = file.seek(0, 2)

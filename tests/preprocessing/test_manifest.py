@@ -87,6 +87,7 @@ def test_the_fingerprint_follows_ids_labels_and_tiles_alone(tmp_path: Path) -> N
         (lambda root: (root / "store.json").unlink(), "no store there"),
         (lambda root: (root / "store.json").write_text("[]"), "not readable as a store's head"),
         (lambda root: (root / "store.json").write_text(json.dumps({"version": 99})), "store of version 99"),
+        (lambda root: (root / "store.json").write_text('{"version": 1}'), "not readable as a store's head"),
         (lambda root: (root / "manifest.parquet").unlink(), "has not finished"),
     ],
 )
@@ -126,3 +127,10 @@ def test_nan_and_none_become_missing_labels(tmp_path: Path) -> None:
     write_manifest(tmp_path, rows, LEVELS, {})
     read = open_store(tmp_path).manifest["cancer"]
     assert list(pd.isna(read)) == [True, True, False]
+
+
+def test_a_damaged_manifest_is_one_clear_line(tmp_path: Path) -> None:
+    path = store(tmp_path) / "manifest.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StoreError, match=r"manifest\.parquet: damaged\. Run the same convert again"):
+        _ = open_store(tmp_path).manifest

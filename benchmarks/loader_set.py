@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,24 @@ SIDE = 512
 BITS = 12
 DETECTOR = 3328  # longest side of an 8.5 megapixel detector
 WINDOW = (0.46 * 4095, 0.80 * 4095)  # centre and width of the synthetic machine's tissue
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A store of one level."""
+
+    name: str
+    level: str
+    codec: Codec
+
+    def root(self, scratch: Path) -> Path:
+        """Its folder."""
+        return scratch / self.name.replace(" ", "-")
+
+
+CODECS: tuple[Codec, ...] = ("zstd", "none", "deflate", "lzw", "htj2k")
+STORES = (Stored("1024 zstd", "1024", "zstd"), *(Stored(f"{SIDE} {codec}", str(SIDE), codec) for codec in CODECS))
+DETECTORS = {Stored(f"{megapixels} MP", str(SIDE), "zstd"): megapixels for megapixels in (5, 28)}
 
 
 @dataclass(frozen=True)
@@ -72,47 +92,47 @@ def prepare(store: Store, scratch: Path, count: int) -> Benchmarked:
     rows = store.manifest
     chosen = np.linspace(0, len(rows), count, endpoint=False).astype(int)
     scratch.mkdir(parents=True)
-    found = Benchmarked([], [], [], {})
-    written: dict[str, list[dict[str, Any]]] = {}
-    for number, row in enumerate(chosen):
-        facts = rows.iloc[int(row)]
-        picture = _full_size(read_level(store.root / facts[level_column("path", store.levels[0])]), number)
-        levels = build_levels(picture, ("1024", str(SIDE)))
-        small = levels[str(SIDE)]
-        exposure = Exposure(str(number), str(1000 + number), str(facts["laterality"] or "L"), "CC", 60, False, 0.07, 0)
-        found.dicom.append(scratch / f"{number}.dcm")
-        found.dicom[-1].write_bytes(write(picture, MACHINES[0], exposure))
-        found.png8.append(scratch / f"{number}.png")
-        cv2.imwrite(str(found.png8[-1]), windowed(small))
-        found.npy16.append(scratch / f"{number}.npy")
-        np.save(found.npy16[-1], small)
-        described = _row(number, facts, picture)
-        for name in ("1024", "512"):
-            _add(scratch, written, f"{name} zstd", name, "zstd", described, levels[name])
-        for codec in ("none", "deflate", "lzw", "htj2k"):
-            _add(scratch, written, f"512 {codec}", "512", codec, described, small)
-        if number < max(8, count // 4):
-            for megapixels in (5, 28):
-                sized = _sized(picture, megapixels)
-                level = build_levels(sized, (str(SIDE),))[str(SIDE)]
-                _add(scratch, written, f"{megapixels} MP", "512", "zstd", _row(number, facts, sized), level)
-    for name, described in written.items():
-        root = scratch / name.replace(" ", "-")
-        level, codec = described[0].pop("_level"), described[0].pop("_codec")
-        for row in described[1:]:
-            del row["_level"], row["_codec"]
-        write_head(root, ConvertSettings(levels=(level,), codec=codec))
-        write_manifest(root, described, (level,), {})
+    written: dict[Stored, list[dict[str, Any]]] = defaultdict(list)
+
+    def one(number: int, row: int) -> list[tuple[Stored, dict[str, Any]]]:
+        return _write(store, rows.iloc[row], scratch, number, sized=number < max(8, count // 4))
+
+    with ThreadPoolExecutor() as pool:
+        for tiles in pool.map(one, range(count), chosen.tolist()):
+            for stored, described in tiles:
+                written[stored].append(described)
+    for stored, described in written.items():
+        root = stored.root(scratch)
+        write_head(root, ConvertSettings(levels=(stored.level,), codec=stored.codec))
+        write_manifest(root, described, (stored.level,), {})
         write_rejected(root, [])
-        found.stores[name] = open_store(root)
+    return reopened(scratch)
+
+
+def _write(
+    store: Store, facts: pd.Series, scratch: Path, number: int, sized: bool
+) -> list[tuple[Stored, dict[str, Any]]]:
+    """One picture in every form; its rows in the stores' manifests. `sized`: from the two detectors too."""
+    picture = _full_size(read_level(store.root / facts[level_column("path", store.levels[0])]), number)
+    levels = build_levels(picture, ("1024", str(SIDE)))
+    small = levels[str(SIDE)]
+    exposure = Exposure(str(number), str(1000 + number), str(facts["laterality"] or "L"), "CC", 60, False, 0.07, 0)
+    (scratch / f"{number}.dcm").write_bytes(write(picture, MACHINES[0], exposure))
+    cv2.imwrite(str(scratch / f"{number}.png"), windowed(small))
+    np.save(scratch / f"{number}.npy", small)
+    described = _row(number, facts, picture)
+    found = [(stored, _tile(scratch, stored, described, levels[stored.level])) for stored in STORES]
+    for stored, megapixels in DETECTORS.items() if sized else ():
+        seen = _sized(picture, megapixels)
+        level = build_levels(seen, (str(SIDE),))[str(SIDE)]
+        found.append((stored, _tile(scratch, stored, _row(number, facts, seen), level)))
     return found
 
 
 def reopened(scratch: Path) -> Benchmarked:
-    """A set that `prepare` wrote, from another process."""
+    """A set that `prepare` wrote, in another process too."""
     dicom, png8, npy16 = (sorted(scratch.glob(f"*.{ending}")) for ending in ("dcm", "png", "npy"))
-    stores = {path.parent.name.replace("-", " "): open_store(path.parent) for path in scratch.glob("*/store.json")}
-    return Benchmarked(dicom, png8, npy16, stores)
+    return Benchmarked(dicom, png8, npy16, {each.name: open_store(each.root(scratch)) for each in (*STORES, *DETECTORS)})
 
 
 def windowed(picture: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -164,17 +184,8 @@ def _row(number: int, facts: pd.Series, picture: NDArray[np.uint16]) -> dict[str
     }
 
 
-def _add(
-    scratch: Path,
-    written: dict[str, list[dict[str, Any]]],
-    name: str,
-    level: str,
-    codec: Codec,
-    row: dict[str, Any],
-    picture: NDArray[np.uint16],
-) -> None:
-    path = Path("tiles") / f"{row['image_id']}{suffix(codec)}"
-    tile = write_level(scratch / name.replace(" ", "-") / path, picture, codec)
+def _tile(scratch: Path, stored: Stored, row: dict[str, Any], picture: NDArray[np.uint16]) -> dict[str, Any]:
+    path = Path("tiles") / f"{row['image_id']}{suffix(stored.codec)}"
+    tile = write_level(stored.root(scratch) / path, picture, stored.codec)
     values = {"path": str(path), "height": picture.shape[0], "width": picture.shape[1], "crc32": tile.crc32}
-    described = row | {level_column(field, level): values[field] for field in LEVEL_COLUMNS if field in values}
-    written.setdefault(name, []).append(described | {"_level": level, "_codec": codec})
+    return row | {level_column(field, stored.level): values[field] for field in LEVEL_COLUMNS if field in values}

@@ -40,6 +40,7 @@ from training.config import MonitorSettings
 from training.monitor import TrainingMonitor
 
 BATCH = 8
+GPU_BATCH = 32  # of the loader on a GPU, as training takes there
 WATCH = MonitorSettings(interval_s=0.25)  # seldom enough to cost a turn nothing that can be seen
 PROBED = ("512 zstd, host cache", "512 zstd", "conventional npy16")
 RATIOS = {
@@ -57,6 +58,7 @@ class Row:
     name: str
     start: Callable[[], Iterator[Any]]
     drop: int
+    batch: int = BATCH
     rates: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     gpu: list[float] = field(default_factory=list)
@@ -95,18 +97,19 @@ def contestants(data: Benchmarked, device: str, threads: int) -> list[Row]:
         return lambda: conventional(files, form, pipeline, BATCH, threads)
 
     def ours(name: str, cache: str = "none") -> Callable[[], Iterator[Any]]:
-        return lambda: stream(data.stores[name], pipeline, cache, device, threads)
+        return lambda: stream(data.stores[name], pipeline, cache, device, threads, batch)
 
     waiting = 2 * threads  # DataLoader's own prefetching
+    batch = BATCH if device == "cpu" else GPU_BATCH
     rows = [
         Row("conventional DICOM SV1", plain("dicom", data.dicom), waiting),
         Row("conventional PNG8", plain("png8", data.png8), waiting),
         Row("conventional npy16", plain("npy16", data.npy16), waiting),
-        *(Row(name, ours(name), 4) for name in data.stores),
-        Row("512 zstd, host cache", ours("512 zstd", "host"), 4),
+        *(Row(name, ours(name), 4, batch) for name in data.stores),
+        Row("512 zstd, host cache", ours("512 zstd", "host"), 4, batch),
     ]
     if device != "cpu":
-        rows.append(Row("512 zstd, device cache", ours("512 zstd", "device"), 4))
+        rows.append(Row("512 zstd, device cache", ours("512 zstd", "device"), 4, batch))
     return [
         *rows,
         Row("floor: decode 512 zstd", lambda: decode_alone(data.stores["512 zstd"]), 0),
@@ -115,10 +118,10 @@ def contestants(data: Benchmarked, device: str, threads: int) -> list[Row]:
 
 
 def stream(
-    store: Store, pipeline: PipelineSettings, cache: Any, device: str, threads: int
+    store: Store, pipeline: PipelineSettings, cache: Any, device: str, threads: int, batch: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Our batches, epoch after epoch."""
-    settings = LoaderSettings(batch_size=BATCH, threads=threads, cache=cache, sampling="natural", epoch_samples=1 << 16)
+    settings = LoaderSettings(batch_size=batch, threads=threads, cache=cache, sampling="natural", epoch_samples=1 << 16)
     with Loader(store, store.manifest, pipeline, settings, device=device) as loader:
         epoch = 0
         while True:
@@ -150,9 +153,9 @@ def turn(row: Row, seconds: float, device: str) -> None:
     _settle(device)
     with TrainingMonitor(None, WATCH) as monitor:
         began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
-        while count < 2 * BATCH or time.perf_counter() - began < seconds:
+        while count < 2 * row.batch or time.perf_counter() - began < seconds:
             next(row.stream)
-            count += BATCH
+            count += row.batch
         _settle(device)
         spent = time.perf_counter() - began
     row.rates.append(count / spent)
@@ -220,6 +223,7 @@ def summary(rows: list[Row], probes: dict[str, dict[str, float]], device: str, t
     for row in rows:
         entry = {
             "name": row.name,
+            "batch_size": row.batch,
             "images_per_s": statistics.median(row.rates),
             "cpu_ms": statistics.median(row.cpu_ms),
             "rates": row.rates,
@@ -243,7 +247,7 @@ def summary(rows: list[Row], probes: dict[str, dict[str, float]], device: str, t
 
 def show(found: dict[str, Any], console: Console) -> None:
     """The table, its plot, and the ratios."""
-    table = Table(title=f"Loader, {SIDE}×{SIDE}, batches of {BATCH}, {found['machine']['cores']} cores")
+    table = Table(title=f"Loader, {SIDE}×{SIDE}, {found['machine']['cores']} cores")
     table.add_column("", no_wrap=True)
     for name in ("img/s", "CPU ms", "first s", "MiB"):
         table.add_column(name, justify="right")

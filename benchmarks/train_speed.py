@@ -93,8 +93,9 @@ def measure(
     ):
         stream = _endless(loader)
         fixed = {name: tensor.clone() for name, tensor in next(stream).items()}
-        for source in (itertools.repeat(fixed), stream):  # compile, choose kernels, fill caches
-            _timed(parts, itertools.islice(source, 2), 2, monitor)
+        sources = itertools.repeat(fixed), stream  # compile, choose kernels, fill caches
+        first_steps = [_timed(parts, itertools.islice(source, 2), 2, monitor) for source in sources]
+        kept(first_steps_s=first_steps)
         tensors, loaded, waited, busy = [], [], [], []
         for _ in range(repeats):
             tensors.append(_timed(parts, itertools.repeat(fixed, steps), steps, monitor))
@@ -117,6 +118,7 @@ def measure(
         "gpu_utilisation": statistics.median(busy),
         "peak_memory_mb": _peak(device) / 2**20,
         "batch_size": batch_size,
+        "first_steps_s": first_steps,
         "advice": advice,
     }
 
@@ -237,6 +239,7 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "from tensors": f"{row['tensor_images_per_s']:.1f}",
         "share": f"{row['share']:.1%}",
         "waiting": f"{row['wait_share']:.1%}",
+        "first steps, s": f"{sum(row['first_steps_s']):.1f}",
         "GPU busy": "" if math.isnan(row["gpu_utilisation"]) else f"{row['gpu_utilisation']:.0f} %",
         "memory, MiB": f"{row['peak_memory_mb']:.0f}",
     }

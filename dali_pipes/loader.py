@@ -34,14 +34,25 @@ log = logging.getLogger(__name__)
 Batch = dict[str, torch.Tensor]
 
 
+_Prepared = tuple[Sequence[Any], Fault | None]
+# On a GPU the host works through a graph's operators one after the other, for each batch as long as the GPU itself, or
+# longer. So two graphs take the batches in turns.
+_GPU_GRAPHS = 2
+_GPU_PARTS = 4
+
+
 class _Fed(NamedTuple):
-    """A batch on its way through the graph: its rows, what is wrong with some of them, and the arrays that the graph
+    """A batch on its way through a graph: its rows, what is wrong with some of them, and the arrays that the graph
     reads in place."""
 
+    graph: int
     rows: NDArray[np.int64]
     faults: list[Fault]
     columns: Sequence[Sequence[Any]]
     mixes: list[Mix]
+
+
+_Drawn = tuple[NDArray[np.int64], list[Fault], Sequence[Sequence[Any]], list[Mix]]
 
 
 class Loader:
@@ -88,12 +99,13 @@ class Loader:
         self._pool: ThreadPoolExecutor | None = None
         self._resources = ExitStack()
         self._cache: LevelCache | None = None
-        self._graph: Any = None
+        self._graphs: list[Any] = []
         self._steps: HostSteps | None = None
-        self._feed: Iterator[_Fed] = iter(())
+        self._feed: Iterator[_Drawn] = iter(())
         self._underway: deque[_Fed] = deque()
         self._faults: dict[int, str] = {}
         self._epoch_running = 0
+        self._parts = 1
         self.wait_s = 0.0
 
     @property
@@ -122,9 +134,8 @@ class Loader:
 
     def close(self) -> None:
         """Let go of the graph, its threads and its memory."""
-        if self._graph is not None:
-            self._end_epoch()
-            self._graph = None
+        self._end_epoch()
+        self._graphs.clear()
         self._resources.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -146,21 +157,24 @@ class Loader:
         running = self._epoch_running
         self._feed = self._batches(epoch, start_step)
         began = time.monotonic()
-        self._graph.schedule_run()
-        while not self._graph.empty():
-            batch = self._take()
-            self._graph.schedule_run()
+        for graph in self._graphs:
+            graph.schedule_run()
+        while self._underway:  # in the order in which the graphs asked for them
+            fed = self._underway[0]
+            batch = self._take(fed)
+            self._graphs[fed.graph].schedule_run()
             self.wait_s += time.monotonic() - began
             yield batch
             if running != self._epoch_running:
                 raise RuntimeError("another epoch of this loader was begun before this one ended")
             began = time.monotonic()
-        self._graph.reset()
+        for graph in self._graphs:
+            graph.reset()
         if self._cache is not None:
             log.info("Cache: %s.", self._cache)
 
     def _open(self) -> None:
-        if self._graph is not None:
+        if self._graphs:
             return
         settings, on_gpu = self._settings, self._device.type == "cuda"
         if on_gpu and self._device.index is None:
@@ -172,63 +186,80 @@ class Loader:
             self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
         encoded = on_gpu and self._cache is None and self._arrays is None
         self._source = self._open_source(self._arrays, self._cache, self._upload if on_device else None, encoded)
-        fed = (self._next_fed, self._pipeline_settings, self._plan.batch_size, self._threads, settings.prefetch)
+        size = self._plan.batch_size
         if on_gpu:
-            self._graph = operator_pipeline(*fed, self._device.index, not encoded, on_device)
+            threads, ahead = (-(-each // _GPU_GRAPHS) for each in (self._threads, settings.prefetch))
+            for graph in range(_GPU_GRAPHS):
+                given = (self._source_of(graph), self._pipeline_settings, size, threads, ahead)
+                self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, on_device))
+            # What is left to do here is Python for the most part: more threads would wait for each other.
+            self._parts = _GPU_PARTS
         else:
+            self._parts = size  # each thread takes the next sample, for some are quicker than others
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
             self._steps = HostSteps(self._pipeline_settings)
-            self._graph = host_pipeline(*fed)
+            given = (self._source_of(0), self._pipeline_settings, size, self._threads, settings.prefetch)
+            self._graphs.append(host_pipeline(*given))
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
         return torch.from_numpy(level.view(np.int16)).to(self._device)
 
     def _end_epoch(self) -> None:
-        """Throw away what is still on its way, and make the graph ready for another epoch."""
+        """Throw away what is still on its way, and make the graphs ready for another epoch."""
         self._feed = iter(())
-        while not self._graph.empty():
-            self._graph.share_outputs()
-            self._graph.release_outputs()
-            self._graph.schedule_run()
-        self._graph.reset()
+        for graph in self._graphs:
+            while not graph.empty():
+                graph.share_outputs()
+                graph.release_outputs()
+                graph.schedule_run()
+            graph.reset()
         self._underway.clear()
 
-    def _next_fed(self) -> Any:
-        """What the graph asks for when it has room; StopIteration ends its epoch."""
-        fed = next(self._feed)
-        self._underway.append(fed)
-        return fed.columns if self._steps is None else fed.columns[0]
+    def _source_of(self, graph: int) -> Callable[[], Any]:
+        """What a graph calls when it has room for a batch; StopIteration ends its epoch."""
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[_Fed]:
-        """Rows and samples, prepared one batch ahead of the graph."""
+        def next_fed() -> Any:
+            fed = _Fed(graph, *next(self._feed))
+            self._underway.append(fed)
+            return fed.columns if self._steps is None else fed.columns[0]
+
+        return next_fed
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[_Drawn]:
+        """Rows and samples, prepared one batch ahead of the graphs."""
         assert self._pool is not None
         order = self._plan.order(epoch)
-        ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[Sequence[Any], Fault | None]]], list[Mix]]] = deque()
+        ahead: deque[tuple[NDArray[np.int64], list[Future[list[_Prepared]]], list[Mix]]] = deque()
         for step in range(start_step, self._plan.steps + 1):
             if step < self._plan.steps:
                 places = self._plan.places(step)
-                jobs = [self._pool.submit(self._sample, epoch, int(order[p]), int(p)) for p in places]
+                parts = np.array_split(places, min(len(places), self._parts))
+                jobs = [self._pool.submit(self._samples, epoch, order[part], part) for part in parts]
                 mixes = [self._plan.mix(epoch, int(p)) for p in places] if self._plan.mixes else []
                 ahead.append((order[places], jobs, mixes))
             if len(ahead) > 1 or (ahead and step >= self._plan.steps):
                 rows, jobs, mixes = ahead.popleft()
-                samples, faults = zip(*(job.result() for job in jobs), strict=True)
+                samples, faults = zip(*(each for job in jobs for each in job.result()), strict=True)
                 columns = [list(column) for column in zip(*samples, strict=True)]
-                yield _Fed(rows, [fault for fault in faults if fault], columns, mixes)
+                yield rows, [fault for fault in faults if fault], columns, mixes
 
-    def _sample(self, epoch: int, row: int, place: int) -> tuple[Sequence[Any], Fault | None]:
-        """What the graph is fed with of a sample: without a GPU the picture alone, all steps done."""
-        sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
-        return (sample if self._steps is None else (self._steps(*sample),)), fault
+    def _samples(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> list[_Prepared]:
+        """What the graph is fed with of some samples: without a GPU the picture alone, all steps done."""
+        found: list[_Prepared] = []
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
+            found.append((sample if self._steps is None else (self._steps(*sample),), fault))
+        return found
 
-    def _take(self) -> Batch:
-        """The batch that the graph has ready, as tensors."""
+    def _take(self, fed: _Fed) -> Batch:
+        """A batch that a graph has ready, or will have, as tensors."""
+        graph = self._graphs[fed.graph]
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        (output,) = self._graph.share_outputs(cuda_stream=stream)
+        (output,) = graph.share_outputs(cuda_stream=stream)
         # The dynamic executor's buffers are the tensor's own from here on; nothing is copied.
         image = torch.from_dlpack(output.as_tensor())
-        self._graph.release_outputs()
-        fed = self._underway.popleft()
+        graph.release_outputs()
+        self._underway.popleft()
         ok = np.ones(len(fed.rows), bool)
         for fault in fed.faults:
             ok[fed.rows == fault.row] = False

@@ -29,10 +29,10 @@ time.sleep(60)
 
 def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     wanted = [
-        Part("good", ("-c", FIGURES), 60),
-        Part("bad", ("-c", "print('what went wrong'); raise SystemExit(3)"), 60, figures=False),
         Part("begun", ("-c", BEGUN), 5),
         Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2, figures=False),
+        Part("good", ("-c", FIGURES), 60),
+        Part("bad", ("-c", "print('what went wrong'); raise SystemExit(3)"), 60, figures=False),
     ]
     path, passed = check("gpu", "NVIDIA H200 (simulated)", tmp_path, lambda name: None, wanted)
     assert not passed
@@ -46,6 +46,8 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     assert found["good"]["figures"] == {"ratios": {"a": 2}}
     assert found["bad"]["output_tail"] == ["what went wrong"]
     assert found["slow"]["output_tail"] == ["begun"]
+    assert found["good"]["limit_s"] == 60, "the slow part left nothing of its time"
+    assert 60 < found["bad"]["limit_s"] <= 120, "what a part leaves goes to the next"
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 

@@ -15,7 +15,10 @@ import torch
 from preprocessing.manifest import Store
 from training.distributed import World
 
-PACKAGES = ("mammopipe", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "numpy", "pandas", "scikit-learn")
+PACKAGES = (
+    *("mammopipe", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    *("numpy", "pandas", "scikit-learn"),
+)
 
 
 def describe(store: Store, fold: int, device: torch.device, world: World, command: str, weights: str) -> dict[str, Any]:

@@ -40,7 +40,9 @@ PACKAGES = (
     *("torch", "timm", "numpy", "opencv-python-headless", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
     *("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
 )
-TOTAL_S = 465  # of eight minutes; the rest is this program's own start
+TOTAL_S = 460  # of eight minutes; the rest is this program's own start, and the last words of parts that are stopped
+_LAST_WORDS_S = 3
+_TAIL = 60  # lines
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Part:
     command: tuple[str, ...]
     most_s: float
     figures: bool = True
-    side_by_side: bool = False  # several processes that each take all cores for themselves would slow each other down
+    threads: int | None = None  # of each process, where several run side by side
 
 
 def parts(device: str) -> list[Part]:
@@ -63,12 +65,13 @@ def parts(device: str) -> list[Part]:
     small = ("--model", "tf_efficientnet_lite0", "--size", "64", "--pictures", "8", "--repeats", "1")
     codecs = ("--pictures", "4" if device == "gpu" else "1", "--repeats", "2", "--seconds", "0.2")
     conversion = ("--pictures", "2" if device == "gpu" else "1", "--repeats", "1")
+    # The whole chain, the longest of the tests, comes first, and who is done takes over from the others.
+    side_by_side = ("-n", str(max(len(os.sched_getaffinity(0)) - 2, 1)), "--dist", "worksteal")
     return [
-        # Side by side: on an H100 the first use of CUDA alone took each process ten seconds and more.
-        Part("gpu tests", ("-m", "pytest", "-q", "-n", "8", "-m", "gpu", *gpu_tests()), 105, False, True),
+        Part("gpu tests", ("-m", "pytest", "-v", *side_by_side, "-m", "gpu", *gpu_tests()), 105, False, threads=1),
         Part("train_speed", ("benchmarks/train_speed.py", *on, *(b3 if device == "gpu" else tiny)), 75),
         Part("loader_speed", ("benchmarks/loader_speed.py", *on, "--images", "16", "--repeats", "2"), 85),
-        Part("predict_speed", ("benchmarks/predict_speed.py", *on, *(submission if device == "gpu" else small)), 105),
+        Part("predict_speed", ("benchmarks/predict_speed.py", *on, *(submission if device == "gpu" else small)), 100),
         Part("convert_speed", ("benchmarks/convert_speed.py", *on, *conversion), 55),
         Part("codec_speed", ("benchmarks/codec_speed.py", *on, *codecs), 40),
     ]
@@ -76,7 +79,7 @@ def parts(device: str) -> list[Part]:
 
 def gpu_tests() -> list[str]:
     """The files that hold them: collecting the others too would cost each process a quarter of a minute."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (len(path.parts), path))
     return [str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -85,11 +88,14 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
     target = folder / f"{part.name}.json"
     command = [sys.executable, *part.command, *(("--json", str(target)) if part.figures else ())]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if part.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(part.threads)
     began = time.monotonic()
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **({"OMP_NUM_THREADS": "2"} if part.side_by_side else {})},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,9 +106,13 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
             output, _ = process.communicate(timeout=part.most_s)
             status = process.returncode
         except subprocess.TimeoutExpired:
-            _kill_group(process.pid)
-            output, _ = process.communicate()
             status = None
+            process.send_signal(signal.SIGINT)  # pytest then says what failed so far
+            try:
+                output, _ = process.communicate(timeout=_LAST_WORDS_S)
+            except subprocess.TimeoutExpired:
+                _kill_group(process.pid)
+                output, _ = process.communicate()
         finally:  # what it started must not use the GPU beside the next part
             _kill_group(process.pid)
     return {
@@ -110,7 +120,7 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "limit_s": round(part.most_s, 1),
         "figures": json.loads(target.read_text()) if target.is_file() else None,
-        "output_tail": output.splitlines()[-30:],
+        "output_tail": output.splitlines()[-_TAIL:],
     }
 
 
@@ -129,6 +139,7 @@ def machine(name: str) -> dict[str, Any]:
             continue
     reader = GpuReader()
     found = {"device": name, "driver": reader.driver(), "cores": len(os.sched_getaffinity(0))}
+    found |= {"scratch": tempfile.gettempdir()}
     reader.close()
     found |= {"python": platform.python_version(), "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")}
     return found | {"packages": versions}

@@ -132,7 +132,8 @@ def _write(
 def reopened(scratch: Path) -> Benchmarked:
     """A set that `prepare` wrote, in another process too."""
     dicom, png8, npy16 = (sorted(scratch.glob(f"*.{ending}")) for ending in ("dcm", "png", "npy"))
-    return Benchmarked(dicom, png8, npy16, {each.name: open_store(each.root(scratch)) for each in (*STORES, *DETECTORS)})
+    stores = {each.name: open_store(each.root(scratch)) for each in (*STORES, *DETECTORS)}
+    return Benchmarked(dicom, png8, npy16, stores)
 
 
 def windowed(picture: NDArray[np.uint16]) -> NDArray[np.uint8]:

@@ -306,8 +306,7 @@ def summary(
     }
     if ALL_HOST + FEW in turns:
         ours, host = (
-            steady_rate({pictures[each]: turns[each] for each in (name + FEW, name)})
-            for name in (OURS, ALL_HOST)
+            steady_rate({pictures[each]: turns[each] for each in (name + FEW, name)}) for name in (OURS, ALL_HOST)
         )
         found |= {"pictures_per_s_once_running": {OURS: ours, ALL_HOST: host}}
         found["ratios"]["gpu_over_cpu_once_running"] = ours / host
@@ -389,6 +388,9 @@ def main(
             work = prepare(folder, pictures, config, place, encoding)
         ensemble = open_ensemble([work.run], place)
         rows, stages = contestants(work, config, ensemble, plain), []
+        if place != "cpu":  # what the first use of a GPU costs a process is none of the rate
+            with console.status("Warming up"):
+                next(row for row in rows if row.name == OURS + FEW).run()
         for repeat in range(repeats):
             for row in rows:
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):

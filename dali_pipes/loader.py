@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from dali_pipes.cache import LevelCache, shared_cache
+from dali_pipes.feed import Uses, feed
 from dali_pipes.mixing import mix_batch
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Mix, Plan
@@ -34,11 +35,11 @@ log = logging.getLogger(__name__)
 Batch = dict[str, torch.Tensor]
 
 
-_Prepared = tuple[Sequence[Any], Fault | None]
-# On a GPU the host works through a graph's operators one after the other, for each batch as long as the GPU itself, or
-# longer. So two graphs take the batches in turns.
-_GPU_GRAPHS = 2
-_GPU_PARTS = 4
+_Prepared = tuple[Any, Fault | None]
+# For a GPU the host works through a graph's operators one after the other, for longer than the GPU itself. So two
+# graphs take the batches in turns.
+_GRAPHS = {"cpu": 1, "cuda": 2}
+_GPU_PARTS = 4  # of a batch's samples, prepared side by side: mostly by Python, where more would wait for each other
 
 
 class _Fed(NamedTuple):
@@ -48,11 +49,11 @@ class _Fed(NamedTuple):
     graph: int
     rows: NDArray[np.int64]
     faults: list[Fault]
-    columns: Sequence[Sequence[Any]]
+    columns: Sequence[Any]
     mixes: list[Mix]
 
 
-_Drawn = tuple[NDArray[np.int64], list[Fault], Sequence[Sequence[Any]], list[Mix]]
+_Drawn = tuple[NDArray[np.int64], list[Fault], Sequence[Any], list[Mix]]
 
 
 class Loader:
@@ -92,6 +93,7 @@ class Loader:
         weights, hard = (row_weights(rows, loader), hard_rows(rows, loader)) if train else (None, None)
         self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size, weights, hard)
         self._open_source, self._arrays = partial(Source, store, rows, pipeline), arrays
+        self._windows = rows[["voi_lut", "window_function"]]
         self._settings, self._pipeline_settings = loader, pipeline
         self._dtype = getattr(torch, pipeline.dtype)
         self._device = torch.device(device)
@@ -186,20 +188,23 @@ class Loader:
             self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
         encoded = on_gpu and self._cache is None and self._arrays is None
         self._source = self._open_source(self._arrays, self._cache, self._upload if on_device else None, encoded)
-        size = self._plan.batch_size
+        size, count = self._plan.batch_size, _GRAPHS[self._device.type]
+        amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
         if on_gpu:
-            threads, ahead = (-(-each // _GPU_GRAPHS) for each in (self._threads, settings.prefetch))
-            for graph in range(_GPU_GRAPHS):
-                given = (self._source_of(graph), self._pipeline_settings, size, threads, ahead)
-                self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, on_device))
-            # What is left to do here is Python for the most part: more threads would wait for each other.
             self._parts = _GPU_PARTS
+            rows = self._windows.to_dict("records")
+            self._uses = Uses.of(rows, self._pipeline_settings, self._plan.augment, encoded)
         else:
             self._parts = size  # each thread takes the next sample, for some are quicker than others
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
             self._steps = HostSteps(self._pipeline_settings)
-            given = (self._source_of(0), self._pipeline_settings, size, self._threads, settings.prefetch)
-            self._graphs.append(host_pipeline(*given))
+        for graph in range(count):
+            source = self._source_of(graph)
+            if on_gpu:
+                given = (source, self._pipeline_settings, self._uses, *amounts)
+                self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, on_device))
+            else:
+                self._graphs.append(host_pipeline(source, self._pipeline_settings, *amounts))
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
         return torch.from_numpy(level.view(np.int16)).to(self._device)
@@ -221,7 +226,7 @@ class Loader:
         def next_fed() -> Any:
             fed = _Fed(graph, *next(self._feed))
             self._underway.append(fed)
-            return fed.columns if self._steps is None else fed.columns[0]
+            return fed.columns
 
         return next_fed
 
@@ -240,16 +245,19 @@ class Loader:
             if len(ahead) > 1 or (ahead and step >= self._plan.steps):
                 rows, jobs, mixes = ahead.popleft()
                 samples, faults = zip(*(each for job in jobs for each in job.result()), strict=True)
-                columns = [list(column) for column in zip(*samples, strict=True)]
-                yield rows, [fault for fault in faults if fault], columns, mixes
+                yield rows, [fault for fault in faults if fault], self._columns(samples), mixes
 
     def _samples(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> list[_Prepared]:
-        """What the graph is fed with of some samples: without a GPU the picture alone, all steps done."""
+        """Some samples, or without a GPU their pictures, all steps done; and what is wrong with them."""
         found: list[_Prepared] = []
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
-            found.append((sample if self._steps is None else (self._steps(*sample),), fault))
+            found.append((sample if self._steps is None else self._steps(*sample), fault))
         return found
+
+    def _columns(self, samples: Sequence[Any]) -> Sequence[Any]:
+        """What a graph is fed with of a batch."""
+        return list(samples) if self._steps else feed(samples, self._uses, self._pipeline_settings)
 
     def _take(self, fed: _Fed) -> Batch:
         """A batch that a graph has ready, or will have, as tensors."""

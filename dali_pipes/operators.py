@@ -1,12 +1,14 @@
 """The steps of steps.py as DALI operators, for the GPU; they run on DALI's CPU backend too, which tests use.
 
-Written for a pipeline with conditional execution: an `if` on a sample's argument splits the batch, so that a step costs
-its probability. Arguments are read on the host (`numbers`), arithmetic takes them where the picture is (`here`).
+Each operator costs the host about as long as the GPU, so there are few of them: what is arithmetic on arguments has
+been done in feed.py, and a step is applied to every sample where one that changes nothing costs no more than telling
+the samples apart. Where it does, an `if` on a sample's argument splits the batch (conditional execution).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,53 +17,78 @@ from nvidia.dali import fn, math
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
+from dali_pipes.feed import Uses, to_bytes
 from dali_pipes.settings import PipelineSettings
-from dali_pipes.source import NUMBERS
 from dali_pipes.steps import SHARPEN_SIGMA, noise_bank
 
-_AT = {name: place for place, name in enumerate(NUMBERS)}
+Fed = Mapping[str, Any]  # the graph's inputs by the names of `feed.columns`, on the host
 
 
-def all_steps(
-    tile: Any, numbers: Any, matrix: Any, table: Any, grid: Any, holes: Any, settings: PipelineSettings, device: str
-) -> Any:
+def all_steps(tile: Any, fed: Fed, uses: Uses, settings: PipelineSettings, device: str) -> Any:
     """Every step, in the order of steps.py.
 
     Args:
         tile: uint16 HWC on `device`.
-        numbers, matrix, table, grid, holes: on the host, as in `source.Sample`.
+        fed: the samples' arguments.
+        uses: steps that no sample takes are left out.
         settings: of the pipeline.
         device: "gpu", or "cpu" for DALI's own CPU backend.
 
     Returns:
         float32 CHW on `device`.
     """
-    here = numbers.gpu() if device == "gpu" else numbers
-    picture = window(tile, numbers, here, table, device)
+    values = fn.cast(tile, dtype=DALIDataType.FLOAT)
+    if to_bytes(uses, settings):
+        picture = ramp(values, fed, DALIDataType.UINT8)
+    elif uses.odd_windows:
+        u = ramp(values, fed, DALIDataType.FLOAT)
+        picture = odd_window(values, u, fed["by_table"], fed["sigmoid"], fed["table"], device)
+    else:
+        picture = math.clamp(ramp(values, fed, DALIDataType.FLOAT), 0.0, 1.0)
     if settings.clahe.enabled:
-        picture = clahe(picture, numbers, settings, device)
-    picture = tone(picture, numbers, here)
-    picture = gaussian_if(picture, numbers[_AT["antialias"]])
-    picture = warp(picture, numbers, matrix, grid, settings, device)
-    picture = gaussian_if(picture, numbers[_AT["blur"]])
-    picture = sharpen(picture, numbers, here)
-    picture = add_noise(picture, numbers, here, settings, device)
-    picture = cut_holes(picture, holes)
+        picture = clahe(picture if to_bytes(uses, settings) else as_bytes(picture), fed, settings, device)
+    if uses.tone:
+        picture = tone(picture, fed, device)
+    picture = fn.gaussian_blur(picture, sigma=fed["antialias"], window_size=fed["antialias_window"])
+    if uses.grid:
+        # Copied here: a copy of no sample, inside the branch, would have no dimensions.
+        picture = warp(picture, fed["distorted"], fed["matrix"], placed(fed["nodes"], device), settings, device)
+    else:
+        picture = affine(picture, fed["matrix"], settings)
+    if uses.blur:
+        picture = fn.gaussian_blur(picture, sigma=fed["blur"], window_size=fed["blur_window"])
+    if uses.sharpen:
+        picture = sharpen(picture, fed, device)
+    if uses.noise:
+        picture = add_noise(picture, fed, settings, device)
+    if uses.holes:
+        picture = fn.erase(picture, anchor=fed["hole_at"], shape=fed["hole_size"], axes=(0, 1))
     return normalise(picture, settings)
 
 
-def window(tile: Any, numbers: Any, here: Any, table: Any, device: str) -> Any:
-    """Tile values to grey in [0, 1]."""
-    values = fn.cast(tile, dtype=DALIDataType.FLOAT)
-    u = values * here[_AT["scale"]] + here[_AT["bias"]]
-    if numbers[_AT["table"]] > 0:
-        placed = table.gpu() if device == "gpu" else table
-        grey = in_torch(look_up, values, placed, device=device)
-    elif numbers[_AT["sigmoid"]] > 0:
+@do_not_convert
+def ramp(values: Any, fed: Fed, dtype: DALIDataType) -> Any:
+    """scale * value + bias as float32; as bytes, where the scale is 255 times as large, rounded and clipped."""
+    return fn.brightness_contrast(
+        values, contrast=fed["scale"], contrast_center=0.0, brightness_shift=fed["bias"], dtype=dtype
+    )
+
+
+def odd_window(values: Any, u: Any, by_table: Any, sigmoid: Any, table: Any, device: str) -> Any:
+    """Tile values to grey in [0, 1] where some samples have a sigmoid or a table in the place of a ramp."""
+    if by_table > 0:
+        grey = in_torch(look_up, values, placed(table, device), device=device)
+    elif sigmoid > 0:
         grey = 1.0 / (1.0 + math.exp(-4.0 * (u - 0.5)))
     else:
         grey = math.clamp(u, 0.0, 1.0)
     return grey
+
+
+@do_not_convert
+def as_bytes(grey: Any) -> Any:
+    """[0, 1] to 0 ... 255, rounded."""
+    return fn.brightness_contrast(grey, contrast=255.0, contrast_center=0.0, dtype=DALIDataType.UINT8)
 
 
 @do_not_convert
@@ -93,93 +120,75 @@ def look_up(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return table[values.long().clamp(max=table.shape[0] - 1)]
 
 
-def clahe(grey: Any, numbers: Any, settings: PipelineSettings, device: str) -> Any:
-    """Contrast-limited adaptive histogram equalisation on 8 bits, back to [0, 1].
+@do_not_convert
+def clahe(levels: Any, fed: Fed, settings: PipelineSettings, device: str) -> Any:
+    """Contrast-limited adaptive histogram equalisation of bytes, to [0, 1].
 
     OpenCV mirrors below and to the right what is missing to whole tiles; DALI's operator for the GPU cuts the last
     tiles short. It is given pictures that are mirrored already, and then gives OpenCV's result.
     """
     side = settings.clahe.grid
-    levels = fn.cast(math.floor(grey * 255.0 + 0.5), dtype=DALIDataType.UINT8)
     whole = in_torch(_whole_tiles(side), levels, device=device)
     equalised = fn.clahe(whole, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
-    size = fn.cast(numbers[_AT["rows"] : _AT["columns"] + 1], dtype=DALIDataType.INT32)
-    values: Any = fn.cast(fn.slice(equalised, start=[0, 0], shape=size, axes=(0, 1)), dtype=DALIDataType.FLOAT)
-    return values * (1 / 255)
+    cut: Any = fn.slice(equalised, start=[0, 0], shape=fed["size"], axes=(0, 1))
+    return cut * (1 / 255)
 
 
 @do_not_convert
 def _whole_tiles(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    @cache
+    def places(length: int, device: torch.device) -> torch.Tensor:
+        mode: Any = "reflect" if length > 1 else "edge"
+        return torch.from_numpy(np.pad(np.arange(length), (0, side - length % side), mode)).to(device)
+
     def mirrored(levels: torch.Tensor) -> torch.Tensor:
         """[h, w, 1] with sides that `side` divides, mirrored about the last row and column, as OpenCV's CLAHE does: by
         a whole `side` more along one axis where the other alone is short."""
-        if not any(length % side for length in levels.shape[:2]):
+        height, width, _ = levels.shape
+        if height % side == width % side == 0:
             return levels.clone()  # a result must not lie where DALI's own input does
-        for axis in (0, 1):
-            length = levels.shape[axis]
-            more = side - length % side
-            if length > more:
-                end = levels.narrow(axis, length - 1 - more, more).flip(axis)
-            else:  # mirrored to and fro
-                back = np.pad(np.arange(length), (0, more), mode="reflect" if length > 1 else "edge")[length:]
-                end = levels.index_select(axis, torch.from_numpy(back).to(levels.device))
-            levels = torch.cat([levels, end], axis)
-        return levels
+        down, across = places(height, levels.device), places(width, levels.device)
+        return levels.index_select(0, down).index_select(1, across)
 
     return mirrored
 
 
-def tone(grey: Any, numbers: Any, here: Any) -> Any:
+@do_not_convert
+def tone(grey: Any, fed: Fed, device: str) -> Any:
     """contrast (v^gamma - 1/2) + 1/2 + brightness, clipped to [0, 1]."""
-    changed = (numbers[_AT["gamma"]] != 1) | (numbers[_AT["contrast"]] != 1) | (numbers[_AT["brightness"]] != 0)
-    if changed:
-        raised = math.pow(grey, here[_AT["gamma"]])
-        toned = here[_AT["contrast"]] * (raised - 0.5) + (0.5 + here[_AT["brightness"]])
-        result = math.clamp(toned, 0.0, 1.0)
-    else:
-        result = grey
-    return result
-
-
-def gaussian_if(picture: Any, sigma: Any) -> Any:
-    """A Gaussian where `sigma` is above 0."""
-    if sigma > 0:
-        result = fn.gaussian_blur(picture, sigma=sigma)
-    else:
-        result = picture
-    return result
-
-
-def warp(picture: Any, numbers: Any, matrix: Any, grid: Any, settings: PipelineSettings, device: str) -> Any:
-    """The one resampling: an affine warp, or a remap where the grid distorts too."""
-    size = (settings.height, settings.width)
-    nodes = lookup_nodes(numbers, matrix, grid, settings)
-    placed = nodes.gpu() if device == "gpu" else nodes  # here: a copy of no sample, in the branch, has no dimensions
-    if numbers[_AT["grid"]] > 0:
-        result = in_torch(_sampled, picture, lookup_map(placed, settings), device=device)
-    else:
-        result = fn.warp_affine(
-            picture, matrix=matrix, size=size, fill_value=0.0, interp_type=DALIInterpType.INTERP_LINEAR
-        )
-    return result
+    raised = math.pow(grey, placed(fed["gamma"], device))
+    toned = fn.brightness_contrast(
+        raised, contrast=fed["contrast"], contrast_center=0.5, brightness_shift=fed["brightness"]
+    )
+    return math.clamp(toned, 0.0, 1.0)
 
 
 @do_not_convert
-def lookup_nodes(numbers: Any, matrix: Any, grid: Any, settings: PipelineSettings) -> Any:
-    """Where the distorted grid's nodes look, [n, n, 2] (x, y), with the level's edges at -1 and 1: the affine map of
-    their displaced places."""
-    n = settings.augment.grid_steps + 1
-    at_y, at_x = (np.linspace(0, side, n, dtype=np.float32) for side in (settings.height, settings.width))
-    nodes: Any = Constant(np.stack(np.broadcast_arrays(at_x, at_y[:, None]), axis=-1), device="cpu")
-    looks: Any = fn.coord_transform(fn.reshape(nodes + grid, shape=[n * n, 2]), MT=matrix)
-    size: Any = fn.stack(numbers[_AT["columns"]], numbers[_AT["rows"]])
-    return fn.reshape(looks * (2.0 / size) - 1.0, shape=[n, n, 2], layout="HWC")
+def placed(value: Any, device: str) -> Any:
+    """An argument where the pictures are, for arithmetic with them."""
+    return value.gpu() if device == "gpu" else value
+
+
+@do_not_convert
+def affine(picture: Any, matrix: Any, settings: PipelineSettings) -> Any:
+    """The one resampling, black outside."""
+    size = (settings.height, settings.width)
+    return fn.warp_affine(picture, matrix=matrix, size=size, fill_value=0.0, interp_type=DALIInterpType.INTERP_LINEAR)
+
+
+def warp(picture: Any, distorted: Any, matrix: Any, nodes: Any, settings: PipelineSettings, device: str) -> Any:
+    """The same where the grid distorts some samples too."""
+    if distorted > 0:
+        result = in_torch(_sampled, picture, lookup_map(nodes, settings), device=device)
+    else:
+        result = affine(picture, matrix, settings)
+    return result
 
 
 @do_not_convert
 def lookup_map(nodes: Any, settings: PipelineSettings) -> Any:
-    """The same of every output pixel, [H, W, 2]: linear interpolation, which a resize from the first node to the last
-    one is."""
+    """From where the nodes look, [n, n, 2], to every output pixel, [H, W, 2]: linear interpolation, which a resize from
+    the first node to the last one is."""
     last = settings.augment.grid_steps + 0.5
     return fn.resize(
         nodes,
@@ -198,40 +207,25 @@ def _sampled(picture: torch.Tensor, looks: torch.Tensor) -> torch.Tensor:
     return sampled[0, 0, ..., None]
 
 
-def sharpen(picture: Any, numbers: Any, here: Any) -> Any:
+@do_not_convert
+def sharpen(picture: Any, fed: Fed, device: str) -> Any:
     """Unsharp mask, clipped to [0, 1]."""
-    if numbers[_AT["sharpen"]] > 0:
-        soft = fn.gaussian_blur(picture, sigma=SHARPEN_SIGMA)
-        result = math.clamp(picture + here[_AT["sharpen"]] * (picture - soft), 0.0, 1.0)
-    else:
-        result = picture
-    return result
+    soft = fn.gaussian_blur(picture, sigma=SHARPEN_SIGMA)
+    return math.clamp(picture + placed(fed["sharpen"], device) * (picture - soft), 0.0, 1.0)
 
 
-def add_noise(picture: Any, numbers: Any, here: Any, settings: PipelineSettings, device: str) -> Any:
+@do_not_convert
+def add_noise(picture: Any, fed: Fed, settings: PipelineSettings, device: str) -> Any:
     """A piece of the noise bank times `noise`, clipped to [0, 1]."""
     bank: Any = Constant(_bank(settings), device=device)
     size: Any = Constant([settings.height, settings.width])
-    if numbers[_AT["noise"]] > 0:
-        anchor = fn.cast(fn.stack(numbers[_AT["noise_y"]], numbers[_AT["noise_x"]]), dtype=DALIDataType.INT32)
-        piece = fn.slice(bank, anchor, size, axes=(0, 1))
-        result = math.clamp(picture + here[_AT["noise"]] * piece, 0.0, 1.0)
-    else:
-        result = picture
-    return result
+    piece = fn.slice(bank, fed["noise_at"], size, axes=(0, 1))
+    return math.clamp(picture + placed(fed["noise"], device) * piece, 0.0, 1.0)
 
 
 @do_not_convert
 def _bank(settings: PipelineSettings) -> Any:
     return np.ascontiguousarray(noise_bank(settings.height, settings.width)[..., None])
-
-
-def cut_holes(picture: Any, holes: Any) -> Any:
-    """Rectangles made black."""
-    corners, ends = holes[:, :2], holes[:, 2:]
-    return fn.erase(
-        picture, anchor=fn.reshape(corners, shape=[-1]), shape=fn.reshape(ends - corners, shape=[-1]), axes=(0, 1)
-    )
 
 
 def normalise(picture: Any, settings: PipelineSettings) -> Any:

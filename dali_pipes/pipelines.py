@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, do_not_convert, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType
 
+from dali_pipes.feed import Column, Uses, columns
 from dali_pipes.operators import all_steps, normalise
 from dali_pipes.settings import PipelineSettings
-
-_FED = (  # `source.Sample`, in its order: type and dimensions
-    (DALIDataType.UINT8, 1),
-    (DALIDataType.FLOAT, 1),
-    (DALIDataType.FLOAT, 2),
-    (DALIDataType.FLOAT, 1),
-    (DALIDataType.FLOAT, 3),
-    (DALIDataType.FLOAT, 2),
-)
 
 
 def host_pipeline(
@@ -54,8 +46,9 @@ def host_pipeline(
 
 
 def operator_pipeline(
-    source: Callable[[], Sequence[Sequence[Any]]],
+    source: Callable[[], Sequence[Any]],
     settings: PipelineSettings,
+    uses: Uses,
     batch_size: int,
     threads: int,
     prefetch: int,
@@ -66,8 +59,9 @@ def operator_pipeline(
     """The same with every step, and decoding, a DALI operator, on a GPU.
 
     Args:
-        source: gives a batch, for each field of `source.Sample` the samples' arrays; raises StopIteration at the end.
+        source: gives a batch as `feed.feed` makes it of samples; raises StopIteration at the end.
         settings, batch_size, threads, prefetch: as for `host_pipeline`.
+        uses: the steps that the samples take.
         device_id: of the GPU; None for DALI's CPU backend, where tests compare it with the other pipeline.
         decoded: the source gives levels as arrays, not files.
         on_device: the source gives levels as tensors on the GPU, int16 in the place of uint16.
@@ -79,15 +73,14 @@ def operator_pipeline(
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
-        fed: Any = _fed_on_device(source) if on_device else _fed(source, decoded)
+        picture, fed = _inputs(source, columns(uses, settings), decoded, on_device)
         if on_device:
-            tile = fn.reinterpret(fed[0], dtype=DALIDataType.UINT16)
+            tile = fn.reinterpret(picture, dtype=DALIDataType.UINT16)
         elif decoded:
-            tile = fed[0].gpu() if device == "gpu" else fed[0]
+            tile = picture.gpu() if device == "gpu" else picture
         else:
-            tile = _decode(fed, "mixed" if device == "gpu" else "cpu", settings)
-        _, numbers, matrix, table, grid, holes = fed
-        return all_steps(tile, numbers, matrix, table, grid, holes, settings, device)
+            tile = _decode(picture, fed, "mixed" if device == "gpu" else "cpu")
+        return all_steps(tile, fed, uses, settings, device)
 
     pipeline = graph(
         batch_size=batch_size,
@@ -119,39 +112,45 @@ def decode_region(encoded: Any, region: Any, device: str) -> Any:
 
 
 @do_not_convert
-def _decode(fed: Any, device: str, settings: PipelineSettings) -> Any:
+def _decode(picture: Any, fed: Mapping[str, Any], device: str) -> Any:
     """Whole levels, or what a patch shows of them."""
-    if settings.patch_level is None:
-        return decode(fed[0], device)
-    return decode_region(fed[0], fn.cast(fed[1][-4:], dtype=DALIDataType.INT32), device)
+    return decode_region(picture, fed["region"], device) if "region" in fed else decode(picture, device)
 
 
 @do_not_convert
-def _fed(source: Callable[[], Any], decoded: bool) -> Any:
-    """A batch's columns as nodes. Nothing is copied: the loader holds the arrays until the batch has come out."""
-    columns: Any = zip(*_FED, strict=True)
-    kinds, dimensions = map(list, columns)
-    layouts = [""] * len(_FED)
-    if decoded:
-        kinds[0], dimensions[0], layouts[0] = DALIDataType.UINT16, 3, "HWC"
-    return fn.external_source(
-        source=source, num_outputs=len(_FED), batch=True, dtype=kinds, ndim=dimensions, layout=layouts, no_copy=True
-    )
-
-
-@do_not_convert
-def _fed_on_device(source: Callable[[], Any]) -> Any:
-    """As `_fed`, the pictures being on the GPU already."""
-    pictures, arguments = halves(source)
-    columns: Any = zip(*_FED[1:], strict=True)
-    kinds, dimensions = map(list, columns)
-    others = fn.external_source(
-        source=arguments, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=dimensions, no_copy=True
-    )
-    on_gpu = fn.external_source(
-        source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, layout="HWC", device="gpu", no_copy=True
-    )
-    return [on_gpu, *others]
+def _inputs(
+    source: Callable[[], Any], wanted: Sequence[Column], decoded: bool, on_device: bool
+) -> tuple[Any, dict[str, Any]]:
+    """A batch's pictures and its other columns as nodes. Nothing is copied: the loader holds the arrays until the batch
+    has come out."""
+    names, kinds, dimensions = (list(each) for each in zip(*wanted, strict=True))
+    layouts = ["HWC" if count == 3 else "" for count in dimensions]
+    if on_device:
+        pictures, arguments = halves(source)
+        others = fn.external_source(
+            source=arguments,
+            num_outputs=len(wanted),
+            batch=True,
+            dtype=kinds,
+            ndim=dimensions,
+            layout=layouts,
+            no_copy=True,
+        )
+        picture = fn.external_source(
+            source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, layout="HWC", device="gpu", no_copy=True
+        )
+    else:
+        first, layout = ((DALIDataType.UINT16, 3), "HWC") if decoded else ((DALIDataType.UINT8, 1), "")
+        picture, *others = fn.external_source(
+            source=source,
+            num_outputs=1 + len(wanted),
+            batch=True,
+            dtype=[first[0], *kinds],
+            ndim=[first[1], *dimensions],
+            layout=[layout, *layouts],
+            no_copy=True,
+        )
+    return picture, dict(zip(names, others, strict=True))
 
 
 def halves(source: Callable[[], Sequence[Any]]) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -325,9 +325,15 @@ def low_pass(matrix: NDArray[np.float64]) -> float:
 
     (shrink - 1) / 2, as scikit-image's `rescale` takes; below a fifth of a pixel the filter is next to nothing.
     """
-    shrink = math.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    (a, b), (c, d) = matrix[:, :2].tolist()
+    shrink = math.sqrt(abs(a * d - b * c))
     sigma = (shrink - 1) / 2
     return sigma if sigma >= 0.2 else 0.0
+
+
+def has_odd_windows(facts: Mapping[Any, Any]) -> bool:
+    """Whether a manifest row has a VOI LUT or a sigmoid window: something else than ramps."""
+    return len(facts["voi_lut"]) > 0 or "SIGMOID" in list(facts["window_function"])
 
 
 def choose_window(

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from dali_pipes import loader as loader_module
 from dali_pipes.cache import LevelCache
 from dali_pipes.loader import Loader
 from dali_pipes.plan import Draw
@@ -108,6 +109,22 @@ def test_a_loader_gives_epoch_after_epoch_also_when_one_was_left_halfway(store):
         assert loader.steps_per_epoch == len(loader) == 5
         assert loader.drawn(2) == {"negative": 10, "positive": 10}
         assert loader.wait_s > 0
+
+
+@pytest.mark.parametrize("prefetch", [1, 5])
+@pytest.mark.parametrize("graphs", [2, 3])
+def test_graphs_that_take_turns_give_what_one_gives(store, monkeypatch, graphs, prefetch):
+    whole, few = batches(store), batches(store, epoch_samples=4)
+    monkeypatch.setitem(loader_module._GRAPHS, "cpu", graphs)
+    for name in ("image", "index", "label"):
+        assert torch.equal(joined(whole, name), joined(batches(store, prefetch=prefetch), name))
+        assert torch.equal(joined(few, name), joined(batches(store, epoch_samples=4, prefetch=prefetch), name))
+    assert torch.equal(joined(whole[3:]), joined(batches(store, start=3, prefetch=prefetch)))
+    settings = LoaderSettings(batch_size=4, threads=2, prefetch=prefetch)
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5) as loader:
+        next(loader.epoch(1))  # left, with batches under way in each graph
+        assert torch.equal(joined(loader.epoch(2)), joined(whole))
+        assert torch.equal(joined(loader.epoch(2)), joined(whole))
 
 
 def test_an_epoch_that_was_overtaken_by_another_says_so(store):

@@ -1,6 +1,8 @@
 """The two forms of the steps, OpenCV's and DALI's, give the same pictures: on DALI's CPU backend here, on a GPU where
 there is one."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
+from dali_pipes.feed import Uses, feed
 from dali_pipes.loader import Loader
 from dali_pipes.operators import _whole_tiles
 from dali_pipes.pipelines import halves, host_pipeline, operator_pipeline
@@ -64,13 +67,14 @@ def on_operators(store, settings, encoded, train=True):
         train=train,
         augment=settings.augment,
     )
+    uses = Uses.of(store.manifest.to_dict("records"), settings, plan.augment, encoded)
     source, order = Source(store, store.manifest, settings, encoded=encoded), plan.order(1)
     fed = []
     for step in range(2):
         samples = [source.sample(int(order[place]), plan.sample(1, int(place)))[0] for place in plan.places(step)]
-        fed.append([list(column) for column in zip(*samples, strict=True)])
+        fed.append(feed(samples, uses, settings))
     waiting = iter(fed)
-    graph = operator_pipeline(lambda: next(waiting), settings, 4, 2, 2, None, decoded=not encoded)
+    graph = operator_pipeline(lambda: next(waiting), settings, uses, 4, 2, 2, None, decoded=not encoded)
     return torch.cat([torch.from_dlpack(graph.run()[0].as_tensor()).clone() for _ in range(2)])
 
 
@@ -87,6 +91,34 @@ def test_opencv_and_dalis_cpu_operators_agree(store, case):
     mean, most = agree(store, CASES[case], "operators")
     assert mean < 0.05
     assert most < 4
+
+
+def test_a_graph_without_the_steps_that_no_sample_takes_gives_what_one_with_all_of_them_gives(tmp_path, monkeypatch):
+    plain = make_store(tmp_path / "store", count=8)  # ramps alone
+    for settings in (CASES["plain"], CASES["no CLAHE"], CASES["tone"]):
+        small = settings.model_copy(update={"height": 64, "width": 48})
+        few = on_operators(plain, small, encoded=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(Uses, "of", lambda *_: Uses())
+            every = on_operators(plain, small, encoded=False)
+        # Rounding to CLAHE's bytes, which one operator does where all windows are ramps, may turn out one grey apart.
+        assert ((few - every).abs() * settings.std * 255).mean() < 0.02
+
+
+def test_what_no_sample_takes_is_known_from_the_settings_and_the_files():
+    ramp, sigmoid = {"voi_lut": [], "window_function": ["LINEAR"]}, {"voi_lut": [], "window_function": ["SIGMOID"]}
+    table = {"voi_lut": [0, 1], "window_function": []}
+    none = Uses(False, False, *[False] * 6)
+    assert Uses.of([ramp], SMALL, None, encoded=True) == none
+    for odd in (sigmoid, table):
+        assert Uses.of([ramp, odd], SMALL, None, encoded=True).odd_windows
+        assert not Uses.of([odd], SMALL.model_copy(update={"window": "fixed"}), None, encoded=True).odd_windows
+    patches = SMALL.model_copy(update={"patch_level": "full"})
+    assert [Uses.of([ramp], patches, None, encoded).regions for encoded in (True, False)] == [True, False]
+    steps = {"tone": "tone", "grid": "grid", "blur": "blur", "sharpen": "sharpen", "noise": "noise"}
+    for step, setting in (*steps.items(), ("holes", "dropout"), ("holes", "grid_dropout")):
+        augment = AugmentSettings(**NONE | {setting: 0.1})
+        assert Uses.of([ramp], SMALL, augment, encoded=True) == replace(none, **{step: True})
 
 
 @pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw", "none", "htj2k"])

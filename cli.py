@@ -176,7 +176,7 @@ def synth(ctx: click.Context, out: Path, patients: int, seed: int, size: Any, co
     help="Frame to take from multi-frame files, which are rejected without it.",
 )
 @_decode_on
-@click.option("--workers", type=click.IntRange(0), default=0, help="Processes; 0: one a core, two with a GPU.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes; 0 takes one a core.")
 @click.option(
     "--scheduler", default=None, metavar="ADDRESS", help="A dask.distributed scheduler, to convert on a cluster."
 )
@@ -393,7 +393,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None
 @click.option("--batch-size", type=click.IntRange(1), default=None, help="Pictures a batch.  [default: the runs' own]")
 @click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
 @_decode_on
-@click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0: one a core, two with a GPU.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
 @_device
 @click.pass_context
 def predict(

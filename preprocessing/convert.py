@@ -110,7 +110,7 @@ def convert(
         images: folder of the pictures.
         csv: their table; without it every file below `images` is taken.
         out: the store; made, or continued where the settings are the same.
-        workers: processes on this machine, 0 for one a core, or two where a GPU decodes for them.
+        workers: processes on this machine, 0 for one a core.
         scheduler: address of a dask.distributed scheduler to run on instead.
         repair: verify every tile first and redo the damaged ones.
         progress: told of each finished file.

@@ -36,7 +36,6 @@ from preprocessing.errors import InputError
 from preprocessing.settings import ConvertSettings
 
 Task = Any
-_PER_CORE_WITH_GPU = 2  # workers, which wait for the GPU about half of their time
 _NEIGHBOURS = 8  # files before an unexplained crash that are done again
 _IN_FLIGHT = 4  # tasks a worker thread that wait on a cluster
 _BROKEN_TRIES = 3  # times that a process may die unheard before its file is given up
@@ -156,8 +155,7 @@ def run_local(
     limits: Limits,
     finish: Callable[[Any], Any] | None = None,
 ) -> Generator[Outcome, None, None]:
-    """Outcomes of `function` over `tasks`, in the order in which they come, from `workers` processes (0: one a core,
-    or two where a GPU decodes for them).
+    """Outcomes of `function` over `tasks`, in the order in which they come, from `workers` processes (0: one a core).
 
     `finish` turns a result into what the outcome holds, in this process and while its worker is at the next task: for
     what waits and does not work, such as for a disk. A worker's results are finished in order.
@@ -166,8 +164,7 @@ def run_local(
     was taken. Close the generator to end the processes early.
     """
     with gpu_decode.serving(worker_context()) if limits.gpu else nullcontext() as gpu:
-        count = workers or available_cores() * (_PER_CORE_WITH_GPU if gpu else 1)
-        yield from _run_local(function, tasks, count, limits, finish, gpu)
+        yield from _run_local(function, tasks, workers or available_cores(), limits, finish, gpu)
 
 
 def _run_local(

@@ -93,7 +93,7 @@ def stream(
         settings: the conversion; `narrowed` spares work.
         batch: chunks have a multiple of so many rows, the last one excepted.
         start: pictures to leave out, for an earlier call got that far: the `position` of one of its chunks.
-        count: processes; 0 for one a core, or two where a GPU decodes for them.
+        count: processes; 0 for one a core.
 
     Yields:
         The chunks, in order of image_id. A chunk's tiles are gone when the next one is asked for.

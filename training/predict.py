@@ -119,8 +119,8 @@ def predict(
         covariates: what the table says of the patient that a breast's probability takes into account, as
             `open_ensemble` takes `names`; an exported model brings its own.
         batch_size: pictures a batch, where those of the runs' validation do not fit here.
-        workers: decoding processes of `images`, 0 for one a core, or two where a GPU decodes for them. A stream that
-            was cut short is taken up again where its last chunk ended.
+        workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
+            its last chunk ended.
         decode_on: where codestreams of `images` are decoded; see `ConvertSettings`.
         explain: folder for overlays of the pictures that reach `explain_threshold`; see `explain.py`.
         explain_threshold: of a picture's probability.

@@ -10,12 +10,12 @@ import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from preprocessing import gpu_decode, workers
+from preprocessing import workers
 from preprocessing.workers import Limits, run_local
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,21 +135,6 @@ def test_workers_do_not_run_the_program_that_starts_them(tmp_path: Path, from_a_
         cwd=ROOT,
     )
     assert done.stdout == "run\n[None, None]\n", done.stderr
-
-
-@pytest.mark.parametrize(("gpu", "asked", "expected"), [(False, 0, 1), (True, 0, 2), (True, 3, 3)])
-def test_workers_that_wait_for_a_gpu_are_two_a_core(monkeypatch, gpu, asked, expected) -> None:
-    counts: list[int] = []
-
-    def counted(function, tasks, count, limits, finish, address):
-        counts.append(count)
-        yield from ()
-
-    monkeypatch.setattr(workers, "_run_local", counted)
-    monkeypatch.setattr(workers, "available_cores", lambda: 1)
-    monkeypatch.setattr(workers.gpu_decode, "serving", lambda context: nullcontext(gpu_decode.Address("socket", b"")))
-    assert list(run_local(str, [], asked, Limits(gpu=gpu))) == []
-    assert counts == [expected]
 
 
 def test_available_cores_respects_the_affinity() -> None:

@@ -1,29 +1,34 @@
 """JPEG 2000, HTJ2K and lossless JPEG codestreams decoded on a GPU by nvImageCodec, where a conversion asks for it.
 
-One process a machine owns the GPU; the worker processes send it codestreams over a socket and get values back. They
-hold no CUDA context of their own (GPU memory for each, and 170 GiB of addresses; and contexts take turns on a GPU where
-the streams of one share it), and a fault on the GPU costs that process alone. It decodes together what has come
-in meanwhile: lossless JPEG four times as fast as one at a time, on an H100.
+One process a machine owns the GPU; the worker processes lay codestreams into memory that each shares with it, and find
+values there. They hold no CUDA context of their own (GPU memory for each, and 170 GiB of addresses; and contexts take
+turns on a GPU where the streams of one share it), and a fault on the GPU costs that process alone. It decodes together
+what has come in meanwhile: lossless JPEG four times as fast as one at a time, on an H100. What goes over the sockets is
+a few bytes a picture: whole pictures, 24 MB each, had the process's threads wait for one interpreter.
 
 Only what must come out bit-equal to the host's decoders is offered: reversible JPEG 2000, and lossless JPEG with the
-predictor of Selection Value 1. A GPU decoder's answer is not trusted for being one: nvJPEG has given zeros for lossless
-JPEG of 9 to 15 bits without an error (nvImageCodec issue 50). Whatever it refuses, and whatever looks blank, half done
-or out of range, the host decodes again; so does everything once the GPU no longer answers.
+predictor of Selection Value 1, of more than 8 bits (nvJPEG refuses those of 8). A GPU decoder's answer is not trusted
+for being one: nvJPEG has given zeros for lossless JPEG of 9 to 15 bits without an error (nvImageCodec issue 50).
+Whatever it refuses, and whatever looks blank, half done or out of range, the host decodes again; so does everything
+once the GPU no longer answers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import multiprocessing
+import os
 import queue
 import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from multiprocessing.context import ForkServerContext
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from struct import pack, unpack
 from typing import Any, NamedTuple
@@ -44,7 +49,9 @@ _DECODERS = 2  # one's host work beside the other's
 _BATCH = 8  # codestreams a decoder takes at a time, at most
 _OPEN_S = 120.0  # the first use of a GPU may take half a minute
 _ANSWER_S = 30.0  # after which the GPU is taken for lost
-_HEAD = "<IIB"  # rows, columns, bytes a value
+_ALIGNED = 64
+_REQUEST = "<Q"  # bytes of the codestream, which begins the shared memory
+_REPLY = "<QIIB"  # where in it the values begin; rows, columns, bytes a value
 log = logging.getLogger(__name__)
 
 
@@ -61,8 +68,8 @@ class Address(NamedTuple):
 
 def suits(facts: Codestream, lossless_jpeg: bool) -> bool:
     """Whether a codestream is of a kind that a GPU decodes to the very values that went in."""
-    kinds = WAVELETS | {Kind.JPEG_LOSSLESS} if lossless_jpeg else WAVELETS
-    return facts.kind in kinds and facts.reversible and not facts.signed
+    kind = facts.kind in WAVELETS or (lossless_jpeg and facts.kind == Kind.JPEG_LOSSLESS and facts.precision > 8)
+    return kind and facts.reversible and not facts.signed
 
 
 def decode(data: bytes, facts: Codestream) -> Values | None:
@@ -97,7 +104,7 @@ def serving(context: ForkServerContext) -> Iterator[Address | None]:
     with tempfile.TemporaryDirectory(prefix="mammopipe-gpu-") as folder:
         address = Address(str(Path(folder) / "socket"), secrets.token_bytes(16))
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(address, there), daemon=True, name="gpu-decoder")
+        process = context.Process(target=_own_gpu, args=(address, there), daemon=True, name="gpu-decoder")
         process.start()
         there.close()
         try:
@@ -167,20 +174,48 @@ class _Connected:
 _connected = _Connected()
 
 
+class _Shared:
+    """Memory that two processes see through one file descriptor. It grows as either needs; in no folder, so that no
+    container's small /dev/shm limits it."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self._seen: mmap.mmap | None = None
+
+    def upto(self, size: int) -> mmap.mmap:
+        """At least so many bytes of it."""
+        if self._seen is None or len(self._seen) < size:
+            if os.fstat(self.handle).st_size < size:
+                os.ftruncate(self.handle, size)
+            self._seen = mmap.mmap(self.handle, size)
+        return self._seen
+
+    def array(self, at: int, rows: int, columns: int, width: int) -> Values:
+        """A part of it as [rows, columns] of so many bytes a value."""
+        count = rows * columns
+        return np.frombuffer(self.upto(at + count * width), f"u{width}", count, at).reshape(rows, columns)
+
+    def close(self) -> None:
+        """Let go of it; arrays of it stay readable."""
+        self._seen = None
+        os.close(self.handle)
+
+
 def _remote(connection: Connection) -> Decoder:
+    shared = _Shared(os.memfd_create("codestream"))
+    send_handle(connection, shared.handle, None)  # the process's number is of no use on Linux
+
     def run(frames: Sequence[bytes]) -> list[Values | None]:
         found: list[Values | None] = []
         for frame in frames:
-            connection.send_bytes(frame)
+            shared.upto(len(frame))[: len(frame)] = frame
+            connection.send_bytes(pack(_REQUEST, len(frame)))
             if not connection.poll(_ANSWER_S):
                 connection.close()
                 raise EOFError
-            head = connection.recv_bytes()
-            if head:
-                rows, columns, width = unpack(_HEAD, head)
-                found.append(np.frombuffer(connection.recv_bytes(), f"u{width}").reshape(rows, columns))
-            else:
-                found.append(None)
+            reply = connection.recv_bytes()
+            # A copy, for the next codestream comes into the same memory.
+            found.append(shared.array(*unpack(_REPLY, reply)).copy() if reply else None)
         return found
 
     return run
@@ -193,8 +228,21 @@ class _Request(NamedTuple):
     reply: queue.SimpleQueue[Any]
 
 
+def _own_gpu(address: Address, ready: Connection) -> None:
+    """What the process that owns the GPU runs. It ends when it is told to, and with the one that started it, however
+    that ended: a GPU must not stay taken."""
+    threading.Thread(target=_end_with, args=(ready,), daemon=True).start()
+    _serve(address, ready)
+
+
+def _end_with(starter: Connection) -> None:
+    with suppress(OSError, EOFError):
+        starter.recv_bytes()  # nothing is ever sent: the pipe closes
+    os._exit(0)
+
+
 def _serve(address: Address, ready: Connection) -> None:
-    """What the process that owns the GPU runs; ends when it is told to."""
+    """Decode for whoever connects."""
     requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
     try:
         decoders = [_open_images() for _ in range(_DECODERS)]
@@ -228,19 +276,21 @@ def _decode_waiting(decoder: Callable[[Sequence[bytes]], Sequence[Any]], request
 def _answer(connection: Connection, requests: queue.SimpleQueue[_Request]) -> None:
     """Pass one worker's codestreams on, and the values back, until it goes."""
     reply: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    with suppress(OSError, EOFError), connection:
+    with suppress(OSError, EOFError), connection, closing(_Shared(recv_handle(connection))) as shared:
         while True:
-            requests.put(_Request(connection.recv_bytes(), reply))
+            (length,) = unpack(_REQUEST, connection.recv_bytes())
+            requests.put(_Request(shared.upto(length)[:length], reply))
             try:
                 image = reply.get()
-                values = None if image is None else np.ascontiguousarray(_values(image))
+                values = None if image is None else _values(image)
             except RuntimeError:  # of CUDA
                 values = None
             if values is None:
                 connection.send_bytes(b"")
             else:
-                connection.send_bytes(pack(_HEAD, *values.shape, values.dtype.itemsize))
-                connection.send_bytes(values.data.cast("B"))
+                (rows, columns), width, at = values.shape, values.dtype.itemsize, -(-length // _ALIGNED) * _ALIGNED
+                shared.array(at, rows, columns, width)[:] = values
+                connection.send_bytes(pack(_REPLY, at, rows, columns, width))
 
 
 def _load() -> Any:

@@ -3,6 +3,9 @@ simulated, it says so."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing import get_context
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 
 import imagecodecs
 import numpy as np
+import psutil
 import pytest
 import torch
 from pydicom import uid
@@ -25,6 +29,7 @@ from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
 from tests.preprocessing.dicoms import LOSSLESS, dataset, encode, picture, save, write
 
+ROOT = Path(__file__).resolve().parents[2]
 HOST, GPU, ALL = (ConvertSettings(decode_on=place) for place in ("cpu", "gpu", "gpu-all"))
 OFFERED = (
     uid.JPEGLosslessSV1,
@@ -137,6 +142,52 @@ def served(tmp_path: Path, monkeypatch):
     gpu_decode.connect(None)
 
 
+def test_pictures_of_any_size_go_through_the_memory_that_is_shared(tmp_path: Path, served) -> None:
+    served(right)
+    sizes = [(40, 30), (900, 700), (64, 64), (1, 5), (1200, 900), (900, 700)]
+    given, found = [], []
+    for rows, columns in sizes:
+        given.append(picture(12 if rows > 1 else 8, rows=rows, columns=columns, seed=rows))
+        frame = encode(given[-1], uid.JPEG2000Lossless, 12 if rows > 1 else 8)
+        found += gpu_decode._connected.decoder([frame])
+    assert all(map(np.array_equal, found, given)), "earlier ones stay as they are"
+
+
+STARTER = """
+import time
+from multiprocessing import get_context
+import psutil
+from preprocessing import gpu_decode
+context = get_context("forkserver")
+context.set_forkserver_preload(["simulated_gpu"])
+with gpu_decode.serving(context) as address:
+    assert address is not None
+    children = psutil.Process().children(recursive=True)
+    (owner,) = [each for each in children if address.path in {at.laddr for at in each.net_connections("unix")}]
+    print(owner.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_process_that_owns_the_gpu_ends_with_the_one_that_started_it_however_that_ends(tmp_path: Path) -> None:
+    simulated = "from preprocessing import gpu_decode\ngpu_decode._open_images = lambda: None\n"
+    (tmp_path / "simulated_gpu.py").write_text(simulated)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", STARTER]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        owner = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+    owner.wait(timeout=20)
+
+
+def test_lossless_jpeg_of_8_bits_is_not_offered(tmp_path: Path, simulated) -> None:
+    asked = simulated(right)
+    values = picture(8, rows=200, columns=160)
+    decode(write(tmp_path / "a.dcm", values, syntax=uid.JPEGLosslessSV1, bits=8), ALL)
+    assert not asked
+
+
 def test_values_come_over_the_socket_and_what_the_gpu_refuses_does_not(tmp_path: Path, served) -> None:
     def faulty(frames):
         if len(frames[0]) % 2:
@@ -221,7 +272,7 @@ def test_the_gpu_gives_the_values_that_went_in(tmp_path: Path, connected, syntax
         path = write(tmp_path / f"{rows}.dcm", values, syntax=syntax, bits=bits)
         found = decode(path, ALL)
         assert np.array_equal(found.stored, values)
-        assert found.decoder == gpu_decode.NAME
+        assert (found.decoder == gpu_decode.NAME) == ((syntax, bits) != (uid.JPEGLosslessSV1, 8))
 
 
 @pytest.mark.gpu

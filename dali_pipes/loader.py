@@ -39,7 +39,7 @@ _Prepared = tuple[Any, Fault | None]
 # For a GPU the host works through a graph's operators one after the other, for longer than the GPU itself. So two
 # graphs take the batches in turns.
 _GRAPHS = {"cpu": 1, "cuda": 2}
-_GPU_PARTS = 4  # of a batch's samples, prepared side by side: mostly by Python, where more would wait for each other
+_GPU_PARTS = 4  # of a batch, whose samples are prepared side by side; from a cache by Python alone, so in one
 
 
 class _Fed(NamedTuple):
@@ -191,7 +191,7 @@ class Loader:
         size, count = self._plan.batch_size, _GRAPHS[self._device.type]
         amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
         if on_gpu:
-            self._parts = _GPU_PARTS
+            self._parts = _GPU_PARTS if self._cache is None else 1
             rows = self._windows.to_dict("records")
             self._uses = Uses.of(rows, self._pipeline_settings, self._plan.augment, encoded)
         else:

@@ -76,7 +76,9 @@ def build_parts(
     if config.model.compile:
         # Training pictures have one size, with progressive resizing one after another: each is compiled by itself. For
         # sizes left open, torch's way from the second one on, it was not done after nine minutes of processor time.
-        module.compile(dynamic=False)
+        module.compile(
+            dynamic=False, mode=None if config.model.compile_mode == "default" else config.model.compile_mode
+        )
     if world.size > 1:
         module = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
     precision = pick_precision(train.precision, device)
@@ -100,6 +102,7 @@ def build_parts(
         grad_clip=train.grad_clip,
         accumulate=train.accumulate,
         channels_last=config.model.channels_last,
+        graphs=config.model.compile_mode != "default",
         seed=config.data.seed,
         rank=world.rank,
         image_ids=rows["image_id"].tolist(),

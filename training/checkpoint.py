@@ -29,6 +29,7 @@ FREE = (
     "train.checkpoint_steps",
     "train.keep_checkpoints",
     "model.compile",
+    "model.compile_mode",
     "model.gradient_checkpointing",
     "train.covariates",  # fitted after training
     "data.loader.threads",

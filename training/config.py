@@ -63,11 +63,18 @@ class ModelSettings(_Settings):
     gradient_checkpointing: bool = Field(default=False, description="Trade time for memory.")
     channels_last: bool = Field(default=True, description="Memory format of the convolutions.")
     compile: bool = Field(default=False, description="torch.compile the model.")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        default="default",
+        description="torch.compile's mode; the other two record CUDA graphs, for steps so short that the host cannot "
+        "keep the GPU busy.",
+    )
 
     @model_validator(mode="after")
-    def _has_file(self) -> ModelSettings:
+    def _fits_together(self) -> ModelSettings:
         if self.weights == "file" and not self.weights_file:
             raise ValueError("weights = 'file' needs weights_file, the path of a state dict")
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError(f"compile_mode = '{self.compile_mode}' needs compile = true")
         return self
 
 

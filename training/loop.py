@@ -42,6 +42,7 @@ class Parts:
     grad_clip: float = 0.0
     accumulate: int = 1
     channels_last: bool = False
+    graphs: bool = False  # CUDA graphs of the compiled module
     seed: int = 0
     rank: int = 0
     image_ids: Sequence[str] = ()  # of the training rows, for messages
@@ -110,6 +111,8 @@ def train_epoch(
         with monitor.time("compute"):
             # Dropout and stochastic depth follow from the position alone, so a resumed run draws what it would have.
             torch.manual_seed(step_seed(parts.seed, at.epoch, at.batch, parts.rank))
+            if parts.graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # the last batch's outputs are done with
             with _without_exchange(parts.module, unless=ends_window):
                 with parts.autocast():
                     outputs = parts.module(batch["image"])

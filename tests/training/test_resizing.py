@@ -12,6 +12,7 @@ from training import fit, runs
 from training.build import build_parts
 from training.config import load_config
 from training.distributed import World
+from training.loop import Position, train_epoch
 from training.resizing import training_pipeline
 
 
@@ -58,6 +59,28 @@ def test_training_changes_its_size_and_validation_does_not(tmp_path, monkeypatch
     fit.fit(config, store, 0, tmp_path / "run")
     assert shapes == {True: [(32, 32), (64, 64)], False: [(64, 64), (64, 64)]}
     assert len(runs.open_run(tmp_path / "run").folds[0].records("epoch")) == 2
+
+
+@pytest.mark.parametrize(("mode", "passed"), [("default", None), ("reduce-overhead", "reduce-overhead")])
+def test_the_compilers_mode_is_passed_on(tmp_path, monkeypatch, mode, passed):
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: asked.append(how))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
+    config = fakes.small_config("model.compile=true", f"model.compile_mode={mode}", "model.weights=none")
+    rows = fakes.make_store(tmp_path / "store").manifest
+    parts, _ = build_parts(
+        config, torch.device("cpu"), World(), rows, {"negative": 1, "positive": 1}, batches=2, seed=0
+    )
+    assert asked == [{"dynamic": False, "mode": passed}]
+    loader = fakes.open_fake_loader(None, rows, config, train=True, device="cpu", place=World())
+    at = Position(batches=2, loss_sum=torch.zeros(()))
+    train_epoch(parts, list(loader.epoch(0))[:2], at, fakes.FakeMonitor(None), lambda at, guard: None)
+    assert asked[1:] == (["step"] * 2 if passed else [])
+
+
+def test_a_compilers_mode_without_the_compiler_is_refused():
+    with pytest.raises(ConfigError, match="compile_mode = 'max-autotune' needs compile = true"):
+        fakes.small_config("model.compile_mode=max-autotune")
 
 
 def test_each_size_is_compiled_by_itself(tmp_path, monkeypatch):

@@ -67,7 +67,15 @@ class Header:
     pixel_spacing: float = math.nan
 
 
-def read(dataset: Dataset, syntax: str, photometric: str, bits_stored: int, signed: bool, frame: int | None) -> Header:
+def read(
+    dataset: Dataset,
+    syntax: str,
+    photometric: str,
+    bits_stored: int,
+    signed: bool,
+    frame: int | None,
+    little_endian: bool = True,
+) -> Header:
     """The facts of a data set.
 
     Args:
@@ -77,6 +85,7 @@ def read(dataset: Dataset, syntax: str, photometric: str, bits_stored: int, sign
         bits_stored: of a stored value.
         signed: whether stored values are two's complement.
         frame: taken out of a multi-frame file, else None.
+        little_endian: the byte order of the data set, in which OW values lie.
     """
     groups = [*_functional_groups(dataset, frame or 0), dataset]
     view, modifiers = _view(groups)
@@ -84,8 +93,8 @@ def read(dataset: Dataset, syntax: str, photometric: str, bits_stored: int, sign
     intent = text(dataset, "PresentationIntentType").upper()
     windows = _windows(groups)
     slope, intercept = _number(groups, "RescaleSlope", 1.0) or 1.0, _number(groups, "RescaleIntercept", 0.0)
-    lut = _voi_lut(groups, signed or intercept < 0)
-    modality = _lut(_first_item(groups, "ModalityLUTSequence"), signed)
+    lut = _lut(_first_item(groups, "VOILUTSequence"), signed or intercept < 0, little_endian)
+    modality = _lut(_first_item(groups, "ModalityLUTSequence"), signed, little_endian)
     if modality is not None:
         lut = _through(modality, windows, lut)
         windows, slope, intercept = [], 1.0, 0.0
@@ -246,16 +255,13 @@ def _windows(groups: Sequence[Dataset]) -> list[tuple[float, float, str]]:
     return [(c, w, function) for c, w in pairs if math.isfinite(c) and math.isfinite(w) and w >= least]
 
 
-def _voi_lut(groups: Sequence[Dataset], negative: bool) -> _Lut | None:
-    return _lut(_first_item(groups, "VOILUTSequence"), negative)
-
-
-def _lut(item: Dataset | None, negative: bool) -> _Lut | None:
+def _lut(item: Dataset | None, negative: bool, little_endian: bool) -> _Lut | None:
     """A LUT Sequence's item (PS3.3 C.11.2.1.1): LUT Descriptor (0028,3002) and LUT Data (0028,3006).
 
     Args:
         item: of the sequence.
         negative: whether its input can be negative, so that a first value over 32767 is a negative one.
+        little_endian: the byte order of its data, where that is OW.
     """
     if item is None:
         return None
@@ -264,8 +270,9 @@ def _lut(item: Dataset | None, negative: bool) -> _Lut | None:
         count = count or 65536
         data = item.get("LUTData")
         if isinstance(data, bytes):
+            words = "<u2" if little_endian else ">u2"
             values = np.frombuffer(
-                data[: count if len(data) < 2 * count else 2 * count], np.uint8 if len(data) < 2 * count else "<u2"
+                data[: count if len(data) < 2 * count else 2 * count], np.uint8 if len(data) < 2 * count else words
             )
         else:
             values = np.asarray(_values(item, "LUTData"), np.int64) & 0xFFFF

@@ -191,7 +191,9 @@ def _checked(
         raise Rejection(Reason.MULTI_FRAME, f"{frames} frames; frame {frame} asked for (the first is 0)")
     signed = _whole(dataset, "PixelRepresentation", 0, 1, default=0) == 1
     return DicomHeader(
-        facts=dicom_facts.read(dataset, syntax, photometric, stored, signed, frame if frames > 1 else None),
+        facts=dicom_facts.read(
+            dataset, syntax, photometric, stored, signed, frame if frames > 1 else None, little_endian
+        ),
         rows=_whole(dataset, "Rows", 1, 65535),
         columns=_whole(dataset, "Columns", 1, 65535),
         bits_allocated=allocated,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
 
@@ -77,6 +78,18 @@ def test_every_window_shows_what_pydicom_shows(
         assert window.high > window.low
         # pydicom's integer pixels minus a half-integer centre: float64 throughout on both sides
         np.testing.assert_allclose(shown(tile, window), by_pydicom(path, index), atol=1e-6)
+
+
+@pytest.mark.parametrize(("syntax", "order"), [(uid.ExplicitVRLittleEndian, "<u2"), (uid.ExplicitVRBigEndian, ">u2")])
+def test_a_voi_lut_of_words_is_read_in_the_files_byte_order(tmp_path: Path, syntax: str, order: str) -> None:
+    entries = np.rint(np.linspace(0, 1, 4096) ** 0.6 * 65535).astype(np.uint16)
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    item.add_new("LUTData", "OW", entries.astype(order).tobytes())
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, syntax=syntax, VOILUTSequence=[item])
+    table = grayscale.tile_voi_lut(through_the_tile(path)[1])
+    assert table is not None
+    np.testing.assert_allclose(table, entries / 65535, atol=1e-6)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from preprocessing.errors import StoreError
 
 Entry = dict[str, Any]
+_UNSORTED = 4096  # new entries that are looked up apart, for sorting all of them takes longer the more there are
 
 
 class Journal:
@@ -39,7 +40,8 @@ class Journal:
             raise StoreError(f"{path}: cannot be opened for writing: {error.strerror}.") from None
         self._hashes, self._offsets = array("Q"), array("Q")
         self._end = self._scan()
-        self._index: tuple[NDArray[np.uint64], NDArray[np.uint64]] | None = None
+        self._index = self._sorted()
+        self._added: dict[int, list[int]] = {}  # of the lines that the index does not have yet
 
     def __enter__(self) -> Journal:
         return self
@@ -69,20 +71,20 @@ class Journal:
                 "what is finished is kept."
             ) from None
         self._remember(entry["image_id"], self._end)
+        self._added.setdefault(self._hashes[-1], []).append(self._end)
         self._end += len(line)
-        self._index = None
+        if len(self._added) >= _UNSORTED:
+            self._index = self._sorted()
+            self._added.clear()
 
     def find(self, image_id: str) -> Entry | None:
         """The last entry about an image."""
-        if self._index is None:
-            self._index = self._sorted()
+        wanted = _hash(image_id)
         hashes, offsets = self._index
-        wanted = np.uint64(_hash(image_id))
-        # Equal hashes lie in the order of their lines: look at the last ones first.
-        for position in range(
-            int(np.searchsorted(hashes, wanted, "right")) - 1, int(np.searchsorted(hashes, wanted)) - 1, -1
-        ):
-            self._file.seek(int(offsets[position]))
+        first, end = (int(np.searchsorted(hashes, np.uint64(wanted), side)) for side in ("left", "right"))
+        # In the order of their lines; the last one counts.
+        for offset in reversed([*offsets[first:end].tolist(), *self._added.get(wanted, [])]):
+            self._file.seek(offset)
             entry = json.loads(self._file.readline())
             if entry["image_id"] == image_id:
                 return entry

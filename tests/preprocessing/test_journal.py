@@ -23,6 +23,16 @@ def test_the_last_entry_about_an_image_counts(tmp_path: Path) -> None:
         assert journal.find("b") == {"image_id": "b", "value": 2}
 
 
+def test_entries_are_found_whenever_they_were_added(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("preprocessing.journal._UNSORTED", 4)
+    with Journal(tmp_path / "j") as journal:
+        for number in range(11):
+            journal.append({"image_id": str(number % 7), "value": number})
+            for name in range(7):
+                last = max((n for n in range(number + 1) if n % 7 == name), default=None)
+                assert journal.find(str(name)) == (None if last is None else {"image_id": str(name), "value": last})
+
+
 def test_a_journal_cut_at_any_byte_keeps_every_whole_line(tmp_path: Path) -> None:
     path = tmp_path / "j"
     with Journal(path) as journal:

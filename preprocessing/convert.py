@@ -127,6 +127,8 @@ def convert(
             f"{images}: no such folder of pictures. Give one with --images; cli.py synth makes a set to try."
         )
     listed = table.read_table(csv, columns) if csv is not None else table.walk_folder(images)
+    if csv is not None:
+        _require_some(images, csv, listed)
     _claim(out)
     with locked(out):
         _settle(out, settings)
@@ -135,6 +137,9 @@ def convert(
             run = _Run(images, out, settings, listed, csv is not None, journal, progress)
             if repair:
                 run.damaged = _damaged(out)
+                run.compares = not (
+                    out / "manifest.parquet"
+                ).is_file()  # which a run that was cut short has not written
             run.convert(workers, scheduler)
             return run.finish()
 
@@ -170,6 +175,7 @@ class _Run:
         progress: Report | None,
     ) -> None:
         self.damaged: set[str] = set()
+        self.compares = False  # every tile with the journal's CRC-32
         self._images, self._out, self._settings = images, out, settings
         self._table, self._from_csv = listed, from_csv
         self._journal, self._progress = journal, progress
@@ -245,6 +251,8 @@ class _Run:
             return entry["rejected"][0] not in _PASSING
         if source.image_id in self.damaged:
             return False
+        if self.compares and not all(_has_crc32(self._out / tile[0], tile[3]) for tile in entry["tiles"].values()):
+            return False
         return all(_has_size(self._out / tile[0], tile[4]) for tile in entry["tiles"].values())
 
     def _note(self, outcome: workers_module.Outcome) -> None:
@@ -312,6 +320,19 @@ def syntax_name(uid: str) -> str:
     from pydicom.uid import UID
 
     return str(UID(uid).name) if uid else ""
+
+
+def _require_some(images: Path, csv: Path, listed: pd.DataFrame) -> None:
+    """A table of which no picture is there belongs to another folder: taken at its word, it would empty a store."""
+    problem = ""
+    for source in table.sources(images, listed, from_csv=True):
+        if source.path:
+            return
+        problem = problem or source.problem
+    raise InputError(
+        f"{images}: none of the {len(listed)} pictures of {csv} is there (the first: {problem}). "
+        "Give the folder that they lie in with --images."
+    )
 
 
 def _claim(out: Path) -> None:
@@ -386,6 +407,13 @@ def _check_tiles(root: Path, cells: tuple[Any, ...]) -> list[Problem]:
         if found != crc32:
             problems.append(Problem(image_id, path, f"CRC-32 {found:08x}, the manifest has {crc32:08x}"))
     return problems
+
+
+def _has_crc32(path: Path, crc32: int) -> bool:
+    try:
+        return zlib.crc32(path.read_bytes()) == crc32
+    except OSError:
+        return False
 
 
 def _has_size(path: Path, size: int) -> bool:

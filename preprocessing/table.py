@@ -21,6 +21,7 @@ from preprocessing.mapping import map_columns, one_row_a_picture
 _SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", "")
 # Files of a folder without CSV that nobody means as pictures.
 _NO_PICTURES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".yaml", ".md", ".xml", ".html", ".pdf", ".zip", ".gz"}
+_DIGITS = 15  # of any whole number that float64 holds
 _EMPTY = {"", "nan", "none", "null", "na", "n/a"}
 _FLAGS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 _LATERALITY = {"l": "L", "left": "L", "r": "R", "right": "R"}
@@ -119,13 +120,24 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
 
 def walk_folder(images: Path) -> pd.DataFrame:
     """Every file below a folder that may be a picture, as `image_id` (its stem, or its path where two files share a
-    stem) and `file`, in order of their paths.
+    stem) and `file`, in order of their paths. Linked folders are walked too, each folder once; stores are not.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a folder cannot be read.
     """
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(
+            f"{error.filename}: this folder cannot be read: {error.strerror}. Its pictures would be missed."
+        )
+
     files: list[str] = []
-    for folder, folders, names in os.walk(images):
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(images, onerror=unreadable, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen or "store.json" in names:
+            folders.clear()
+            continue
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = Path(folder).relative_to(images).as_posix()
         files += [
@@ -165,8 +177,10 @@ def find_file(images: Path, row: Mapping[str, str]) -> tuple[str, str]:
         name = posixpath.normpath(text(row, "file"))
         if "\\" in name and not _there(images / name):  # written on Windows
             name = posixpath.normpath(name.replace("\\", "/")) if "\\x" not in name else name
+        if name.startswith(f"{images}/"):
+            name = posixpath.relpath(name, images)
         if not _inside(name):
-            return "", "column file points outside the images folder"
+            return "", f"column file names {name}, which is not in the images folder"
         if _there(images / name):
             return name, ""
         return "", "its name is not UTF-8; rename it" if "\\x" in name else f"no file {name} in the images folder"
@@ -188,8 +202,8 @@ def find_file(images: Path, row: Mapping[str, str]) -> tuple[str, str]:
 
 
 def extra_columns(table: pd.DataFrame, known: set[str]) -> dict[str, pa.DataType]:
-    """Arrow types of the CSV's columns that the manifest does not have: float64 where every value is a number, bool
-    where every one is true or false, string otherwise."""
+    """Arrow types of the CSV's columns that the manifest does not have: float64 where every value is a number that it
+    can hold as it is written, bool where every one is true or false, string otherwise."""
     types: dict[str, pa.DataType] = {}
     for column in map(str, table.columns):
         if column in known or column in {"file", "inverted"}:
@@ -198,11 +212,16 @@ def extra_columns(table: pd.DataFrame, known: set[str]) -> dict[str, pa.DataType
         filled = cells[~cells.str.lower().isin(_EMPTY)]
         if len(filled) and len(filled) == len(cells) and filled.str.lower().isin(["true", "false"]).all():
             types[column] = pa.bool_()
-        elif len(filled) and pd.to_numeric(filled, errors="coerce").notna().all():
+        elif len(filled) and pd.to_numeric(filled, errors="coerce").notna().all() and not filled.map(_is_code).any():
             types[column] = pa.float64()
         else:
             types[column] = pa.string()
     return types
+
+
+def _is_code(cell: str) -> bool:
+    """Whether a whole number would lose something of how it is written: leading zeros, or digits past the fifteenth."""
+    return cell.isdigit() and ((cell[0] == "0" and len(cell) > 1) or len(cell) > _DIGITS)
 
 
 def extra_value(row: Mapping[str, str], column: str, kind: pa.DataType) -> Any:

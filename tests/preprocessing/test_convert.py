@@ -322,6 +322,41 @@ def test_a_store_in_use_is_refused(data: tuple[Path, Path], made: Path) -> None:
         convert(*data, made, SETTINGS)
 
 
+@pytest.mark.parametrize("change", ["empty folder", "absolute paths"])
+def test_a_table_of_another_folder_leaves_a_store_as_it_is(tmp_path: Path, change: str) -> None:
+    images, csv = data_set(tmp_path / "data", count=4)
+    out, other = tmp_path / "store", tmp_path / "other"
+    convert(images, csv, out, SETTINGS)
+    before, journal = digest(out), (out / "journal.jsonl").read_bytes()
+    other.mkdir()
+    if change == "absolute paths":
+        rows = pd.read_csv(csv, dtype=str)
+        rows["file"] = "/elsewhere/" + rows["image_id"] + ".png"
+        rows.to_csv(csv, index=False)
+    with pytest.raises(InputError, match=r"none of the 4 pictures of .* is there .*--images"):
+        convert(other, csv, out, SETTINGS)
+    assert digest(out) == before
+    assert (out / "journal.jsonl").read_bytes() == journal
+    with pytest.raises(InputError, match="none of the 4 pictures"):
+        convert(other, csv, tmp_path / "new", SETTINGS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_repair_of_a_run_that_was_cut_short_compares_its_tiles_with_the_journal(tmp_path: Path) -> None:
+    images, csv = data_set(tmp_path / "data", count=4)
+    out = tmp_path / "store"
+    convert(images, csv, out, SETTINGS)
+    before = digest(out)
+    (out / "manifest.parquet").unlink()
+    tile = next((out / "tiles").rglob("*.tif"))
+    data = bytearray(tile.read_bytes())
+    data[len(data) // 2] ^= 1
+    tile.write_bytes(data)
+    summary = convert(images, csv, out, SETTINGS, repair=True)
+    assert (summary.converted, summary.unchanged) == (1, 3)
+    assert digest(out) == before
+
+
 def test_verify_names_every_damaged_tile_and_repair_mends_just_those(tmp_path: Path) -> None:
     images, csv = data_set(tmp_path, 8)
     out = tmp_path / "store"

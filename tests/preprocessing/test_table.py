@@ -155,6 +155,49 @@ def test_other_columns_are_carried_with_a_type_that_fits_every_row(tmp_path: Pat
     assert table.extra_value(row, "note", types["note"]) == ""
 
 
+def test_codes_that_look_like_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
+    cells = ("007,123456789012345678,0.30000000000000004,0", "12,1,0.5,10")
+    path = csv(tmp_path, "patient_id,image_id,code,long,score,count", *(f"p,{i},{row}" for i, row in enumerate(cells)))
+    frame = table.read_table(path)
+    types = table.extra_columns(frame, {"patient_id", "image_id"})
+    assert types == {"code": pa.string(), "long": pa.string(), "score": pa.float64(), "count": pa.float64()}
+    assert table.extra_value({"code": "007"}, "code", types["code"]) == "007"
+
+
+def test_a_walk_follows_links_once_and_leaves_stores_out(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere" / "2.dcm")
+    touch(tmp_path / "images" / "a" / "1.dcm")
+    (tmp_path / "images" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "a" / "round").symlink_to(tmp_path / "images")
+    touch(tmp_path / "images" / "store" / "store.json")
+    touch(tmp_path / "images" / "store" / "tiles" / "512" / "3.tif")
+    assert table.walk_folder(tmp_path / "images")["file"].tolist() == ["a/1.dcm", "b/2.dcm"]
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(tmp_path: Path, monkeypatch) -> None:
+    touch(tmp_path / "a" / "1.dcm")
+    touch(tmp_path / "closed" / "2.dcm")
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(InputError, match="closed: this folder cannot be read: Permission denied"):
+        table.walk_folder(tmp_path)
+
+
+def test_an_absolute_path_inside_the_images_folder_is_taken_and_another_is_named(tmp_path: Path) -> None:
+    touch(tmp_path / "images" / "a" / "1.dcm")
+    images = tmp_path / "images"
+    assert table.find_file(images, {"image_id": "1", "file": str(images / "a" / "1.dcm")}) == ("a/1.dcm", "")
+    path, problem = table.find_file(images, {"image_id": "1", "file": "/data/a/1.dcm"})
+    assert not path
+    assert problem == "column file names /data/a/1.dcm, which is not in the images folder"
+
+
 VINDR = (
     "study_id,series_id,laterality,image_id,view_position,breast_birads,breast_density,split",
     "a1,s1,L,i1,CC,BI-RADS 2,DENSITY C,training",

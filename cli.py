@@ -257,7 +257,9 @@ def verify(ctx: click.Context, store: Path) -> None:
         click.echo(problem)
     click.echo(f"{store}: {len(opened.manifest)} pictures, {len(problems)} damaged tiles.")
     if problems:
-        click.echo("Mend them with: python cli.py convert --repair")
+        click.echo(
+            f"Mend them with: python cli.py convert --repair --out {store}, and the --images and --csv that made it"
+        )
         ctx.exit(1)
 
 

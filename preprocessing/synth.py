@@ -90,7 +90,7 @@ def synthesize(
     """Write a synthetic data set; the same arguments give the same bytes.
 
     Args:
-        out: folder to write; data that this function wrote there before is replaced.
+        out: folder to write; data that this function wrote there before is replaced, and nothing else.
         patients: training patients, usually of four images.
         seed: of everything.
         size: 'small' is 640 by 512 pixels, 'full' 3328 by 2560.
@@ -155,6 +155,22 @@ def _check(out: Path, patients: int, test_patients: int, contrast: float, positi
     there = [name for name in (*_FOLDERS, *_TABLES) if (out / name).exists()]
     if there and not (out / "synth.json").exists():
         raise InputError(f"{out}: holds {there[0]}, which synth did not make. Choose another folder with --out.")
+    if there and (other := _of_others(out)) is not None:
+        raise InputError(f"{out}: holds {other}, which synth did not make. Move it away, or choose another --out.")
+
+
+def _of_others(out: Path) -> Path | None:
+    """A file among the pictures that the settings in synth.json do not give."""
+    try:
+        made = json.loads((out / "synth.json").read_text(encoding="utf-8"))
+        names = ("patients", "test_patients", "seed", "size", "contrast", "positive_rate")
+        own = {_place(out, picture) for picture in plan(*(made[name] for name in names))}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{out / 'synth.json'}: not what synth wrote. Remove the folder, or choose another --out."
+        ) from None
+    files = (path for folder in _FOLDERS for path in sorted((out / folder).rglob("*")) if not path.is_dir())
+    return next((path.relative_to(out) for path in files if path not in own), None)
 
 
 def plan(
@@ -255,13 +271,17 @@ def _draw(picture: Picture, out: Path) -> list[dict[str, Any]]:
     key = int(generator(exposure.seed, "image", exposure.image_id).integers(2**31))
     phantom = render(picture.breast, exposure.view, key, picture.size, picture.contrast, machine.noise)
     values = stored_values(phantom.picture, machine, _margins(exposure, phantom.picture.shape))
-    path = out / f"{picture.split}_images" / exposure.patient_id / f"{exposure.image_id}.dcm"
+    path = _place(out, picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(write(values, machine, exposure))
     if picture.split == "test":
         return []
     ids = {"patient_id": exposure.patient_id, "image_id": exposure.image_id}
     return [ids | asdict(lesion) | {"malignant": int(lesion.malignant)} for lesion in phantom.lesions]
+
+
+def _place(out: Path, picture: Picture) -> Path:
+    return out / f"{picture.split}_images" / picture.exposure.patient_id / f"{picture.exposure.image_id}.dcm"
 
 
 def _margins(exposure: Exposure, shape: tuple[int, ...]) -> tuple[int, int, int, int]:

@@ -237,6 +237,23 @@ def test_progress_is_told_and_the_summary_counts(tmp_path: Path):
     assert str(tmp_path) in str(summary)
 
 
+def test_files_that_others_put_among_the_pictures_are_not_removed(tmp_path: Path):
+    synthesize(tmp_path, patients=2, test_patients=1)
+    synthesize(tmp_path, patients=1, test_patients=1, seed=3)  # its own pictures it replaces
+    precious = tmp_path / "train_images" / "1" / "precious.dcm"
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("precious\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"holds train_images/1/precious\.dcm, which synth did not make"):
+        synthesize(tmp_path, patients=1, test_patients=1)
+    precious.unlink()
+    (tmp_path / "synth.json").write_text("{")
+    with pytest.raises(InputError, match=r"synth\.json: not what synth wrote"):
+        synthesize(tmp_path, patients=1, test_patients=1)
+    (tmp_path / "synth.json").write_text("{}")
+    assert sorted(tmp_path.rglob("*")) == [each for each in before if each != precious]
+
+
 @pytest.mark.parametrize("name", ["train.csv", "test.csv", "train_images/1/2.dcm", "test_images/1/2.dcm"])
 def test_a_data_set_of_somebody_else_is_not_overwritten(name: str, tmp_path: Path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

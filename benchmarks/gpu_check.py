@@ -104,6 +104,7 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=_interruptible,  # noqa: PLW1509  this program has one thread
     ) as process:
         try:
             output, _ = process.communicate(timeout=part.most_s)
@@ -125,6 +126,11 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
         "figures": json.loads(target.read_text()) if target.is_file() else None,
         "output_tail": output.splitlines()[-_TAIL:],
     }
+
+
+def _interruptible() -> None:
+    """A shell has what it starts in the background ignore SIGINT, and a new process would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _kill_group(leader: int) -> None:

@@ -38,6 +38,7 @@ class Journal:
             self._file = path.open("a+b")
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened for writing: {error.strerror}.") from None
+        self._failed = False
         self._hashes, self._offsets = array("Q"), array("Q")
         self._end = self._scan()
         self._index = self._sorted()
@@ -50,11 +51,20 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Flush to the disk and close."""
-        if not self._file.closed:
+        """Flush to the disk and close.
+
+        Raises:
+            StoreError: it cannot be written; an entry that could not be added has said so already.
+        """
+        if self._file.closed:
+            return
+        try:
             with self._file:
                 self._file.flush()
                 os.fsync(self._file.fileno())
+        except OSError as error:
+            if not self._failed:
+                raise self._unwritten(error) from None
 
     def append(self, entry: Entry) -> None:
         """Add an entry; it replaces an earlier one about the same image.
@@ -66,10 +76,8 @@ class Journal:
         try:
             self._write(line)
         except OSError as error:
-            raise StoreError(
-                f"{self._path}: cannot be written: {error.strerror}. Make room and run the same command again; "
-                "what is finished is kept."
-            ) from None
+            self._failed = True
+            raise self._unwritten(error) from None
         self._remember(entry["image_id"], self._end)
         self._added.setdefault(self._hashes[-1], []).append(self._end)
         self._end += len(line)
@@ -89,6 +97,12 @@ class Journal:
             if entry["image_id"] == image_id:
                 return entry
         return None
+
+    def _unwritten(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self._path}: cannot be written: {error.strerror}. Make room and run the same command again; "
+            "what is finished is kept."
+        )
 
     def _write(self, line: bytes) -> None:
         self._file.write(line)

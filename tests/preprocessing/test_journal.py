@@ -11,6 +11,8 @@ import pytest
 from preprocessing.errors import StoreError
 from preprocessing.journal import Journal, locked
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_the_last_entry_about_an_image_counts(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
@@ -31,6 +33,30 @@ def test_entries_are_found_whenever_they_were_added(tmp_path: Path, monkeypatch)
             for name in range(7):
                 last = max((n for n in range(number + 1) if n % 7 == name), default=None)
                 assert journal.find(str(name)) == (None if last is None else {"image_id": str(name), "value": last})
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from preprocessing.errors import StoreError
+from preprocessing.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    with Journal(Path(sys.argv[1])) as journal:
+        while True:
+            journal.append({"image_id": "a" * 30})
+except StoreError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_error_that_closing_does_not_hide(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "j")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'j'}: cannot be written: File too large. Make room")
+    with Journal(tmp_path / "j") as journal:
+        assert journal.find("a" * 30)
 
 
 def test_a_journal_cut_at_any_byte_keeps_every_whole_line(tmp_path: Path) -> None:

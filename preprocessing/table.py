@@ -134,7 +134,8 @@ def walk_folder(images: Path) -> pd.DataFrame:
     files: list[str] = []
     seen: set[str] = set()
     for folder, folders, names in os.walk(images, onerror=unreadable, followlinks=True):
-        if (place := os.path.realpath(folder)) in seen or "store.json" in names:
+        is_store = "store.json" in names and "tiles" in folders
+        if is_store or (place := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
         seen.add(place)

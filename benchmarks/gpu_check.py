@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,17 +95,18 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
     if part.threads is not None:
         environment["OMP_NUM_THREADS"] = str(part.threads)
     began = time.monotonic()
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=_interruptible,  # noqa: PLW1509  this program has one thread
-    ) as process:
+    with _hearing_sigint():
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    with process:
         try:
             output, _ = process.communicate(timeout=part.most_s)
             status = process.returncode
@@ -128,9 +129,14 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
     }
 
 
-def _interruptible() -> None:
-    """A shell has what it starts in the background ignore SIGINT, and a new process would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextmanager
+def _hearing_sigint() -> Iterator[None]:
+    """A shell has what it starts in the background ignore SIGINT, and a process started here would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _kill_group(leader: int) -> None:

@@ -201,9 +201,12 @@ def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -
 
     count = work.pictures
     slow = [Row(PLAIN, lambda: script(0), count), Row(WORKERS, lambda: script(work.cores), count)] if plainly else []
-    on_gpu = ours_of(OURS, count) + ours_of(ALL_HOST, max(count // 4, 1), "cpu", "cpu")
+    if work.device == "cpu":
+        whole = [Row(OURS, lambda: ours(work.table), count)]
+    else:
+        whole = ours_of(OURS, count) + ours_of(ALL_HOST, max(count // 4, 1), "cpu", "cpu")
     return [
-        *(on_gpu if work.device != "cpu" else [Row(OURS, lambda: ours(work.table), count)]),
+        *whole,
         *slow,
         Row("intake alone", intake, count),
         Row("pipeline alone", pipeline, count),

@@ -17,6 +17,7 @@ import torch
 
 from preprocessing.errors import RunError
 from preprocessing.manifest import write_atomically
+from training.trackers import flatten
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ FREE = (
 
 
 def save(folder: Path, state: dict[str, Any], described: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and remove all but the latest `keep`.
+    """Write a checkpoint and remove all but the latest `keep`, those of later steps too: a run that saves this step has
+    gone on from one before them, because they were unfinished or damaged.
 
     Args:
         folder: `checkpoints` of a fold's run.
@@ -67,7 +69,9 @@ def save(folder: Path, state: dict[str, Any], described: dict[str, Any], keep: i
             f"{path}: the checkpoint of {len(data):,} bytes cannot be written ({error.strerror}); make room or name "
             "another folder. Earlier checkpoints are sound."
         ) from None
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    there = sorted(folder.glob("step-*.pt"))
+    kept = [each for each in there if each.name <= path.name][-keep:]
+    for old in set(there) - set(kept):
         old.with_suffix(".json").unlink(missing_ok=True)
         old.unlink()
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed in a save
@@ -121,7 +125,7 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What two resolved configurations disagree on, as "train.lr: 0.0001 there, 0.0003 now"; `FREE` ones left out."""
-    flat_saved, flat_wanted = _flatten(saved), _flatten(wanted)
+    flat_saved, flat_wanted = flatten(saved), flatten(wanted)
     return [
         f"{name}: {flat_saved.get(name, 'absent')} there, {flat_wanted.get(name, 'absent')} now"
         for name in sorted(flat_saved.keys() | flat_wanted.keys())
@@ -131,13 +135,3 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _is_free(name: str) -> bool:
     return any(name == free or name.startswith(free + ".") for free in FREE)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -76,32 +76,29 @@ class GpuReader:
 
     def _read_one(self, index: int, handle: Any) -> dict[str, Any]:
         nvml, get = self._nvml, self._try
-        memory = get(nvml.nvmlDeviceGetMemoryInfo, handle)
-        if memory is None:
-            return {"lost": True}
         rates = get(nvml.nvmlDeviceGetUtilizationRates, handle)  # not given under MIG
         power = get(nvml.nvmlDeviceGetPowerUsage, handle)
         energy = get(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         decoder = get(nvml.nvmlDeviceGetDecoderUtilization, handle)
-        reasons = get(getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", nvml.nvmlDeviceGetMemoryInfo), handle)
-        received = get(nvml.nvmlDeviceGetPcieThroughput, handle, getattr(nvml, "NVML_PCIE_UTIL_RX_BYTES", 1))
+        reasons = get(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+        received = get(nvml.nvmlDeviceGetPcieThroughput, handle, nvml.NVML_PCIE_UTIL_RX_BYTES)
+        processes = get(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
         figures = {
-            "memory_mb": _mib(memory, "used"),
+            "memory_mb": _mib(get(nvml.nvmlDeviceGetMemoryInfo, handle), "used"),
             "utilisation": getattr(rates, "gpu", None),
             "power_w": power / 1000 if power is not None else None,
             "energy_j": (energy - self._energy.setdefault(index, energy)) / 1000 if energy is not None else None,
-            "temperature_c": get(nvml.nvmlDeviceGetTemperature, handle, getattr(nvml, "NVML_TEMPERATURE_GPU", 0)),
-            "sm_clock_mhz": get(nvml.nvmlDeviceGetClockInfo, handle, getattr(nvml, "NVML_CLOCK_SM", 1)),
+            "temperature_c": get(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+            "sm_clock_mhz": get(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
             "decoder": decoder[0] if decoder else None,
             "pcie_in_mb_s": received / 1024 if received is not None else None,
-            "processes": len(get(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()),
+            "processes": len(processes) if processes is not None else None,
         }
-        read = {name: value for name, value in figures.items() if value is not None}
-        if isinstance(reasons, int):
-            slowed = [name for bit, name in _SLOWDOWNS.items() if reasons & bit]
-            if slowed:
-                read["slowed_by"] = ", ".join(slowed)
-        return read
+        read: dict[str, Any] = {name: value for name, value in figures.items() if value is not None}
+        slowed = [name for bit, name in _SLOWDOWNS.items() if (reasons or 0) & bit]
+        if slowed:
+            read["slowed_by"] = ", ".join(slowed)
+        return read or {"lost": True}  # a lost GPU answers nothing
 
     @staticmethod
     def _try(call: Callable[..., Any], *arguments: Any) -> Any:

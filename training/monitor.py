@@ -41,6 +41,7 @@ class TrainingMonitor:
         trackers: Sequence[Tracker] = (),
         nvml: Any = None,
         job: Job = "train",
+        step: int = 0,
     ) -> None:
         """
         Args:
@@ -49,6 +50,7 @@ class TrainingMonitor:
             trackers: further sinks of the figures.
             nvml: the pynvml module, or something that answers like it.
             job: what is watched; the advice depends on it.
+            step: where it begins, for samples before the first record.
         """
         self._path = directory / RECORDS if directory is not None else None
         self._interval = settings.interval_s
@@ -62,8 +64,9 @@ class TrainingMonitor:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._peaks: dict[str, float] = {}
         self._latest: dict[str, Any] = {}
+        self._counts: Counter[str] = Counter()  # samples that had a figure: GPUs do not give each one always
         self._slowed: Counter[str] = Counter()
-        self._step = 0
+        self._step = step
 
     def __enter__(self) -> TrainingMonitor:
         self._process = psutil.Process()
@@ -79,8 +82,9 @@ class TrainingMonitor:
         if not self._samples:  # a job that is over before the first sample was due
             self._take()
         self.log("summary", self.summary())
-        for tracker in self._trackers:
-            tracker.close()
+        for tracker in list(self._trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.close()
         self._gpus.close()
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
@@ -91,11 +95,16 @@ class TrainingMonitor:
             self._append(line)
             figures = numbers({name: value for name, value in record.items() if name != "step"})
             for tracker in list(self._trackers):
-                try:
+                with self._dropped_if_it_fails(tracker):
                     tracker.log(kind, figures, self._step)
-                except Exception as error:  # noqa: BLE001 - a server that is away; each tracker has errors of its own
-                    self._trackers.remove(tracker)
-                    log.warning("%s failed and is left out from here on: %s", type(tracker).__name__, error)
+
+    @contextmanager
+    def _dropped_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a server that is away; each tracker has errors of its own
+            self._trackers.remove(tracker)
+            log.warning("%s failed and is left out from here on: %s", type(tracker).__name__, error)
 
     def _append(self, line: str) -> None:
         if self._path is None or not self._path.parent.is_dir():
@@ -129,13 +138,14 @@ class TrainingMonitor:
         for name, gpu in sample.items():
             if isinstance(gpu, dict):
                 busy = f"{gpu['utilisation']:.0f} % " if "utilisation" in gpu else ""
-                words.append(f"{name.upper()} {'lost' if gpu.get('lost') else busy + _gib(gpu['memory_mb'])}")
+                held = _gib(gpu["memory_mb"]) if "memory_mb" in gpu else ""
+                words.append(f"{name.upper()} {'lost' if gpu.get('lost') else (busy + held).strip()}")
         return ", ".join(words)
 
     def summary(self) -> dict[str, Any]:
         """Means and peaks of every figure, shares of the phases, and one sentence on what limits the job."""
         with self._lock:
-            means = {f"{name}_mean": total / self._samples for name, total in self._sums.items() if self._samples}
+            means = {f"{name}_mean": total / self._counts[name] for name, total in self._sums.items()}
             figures = means | {f"{name}_peak": peak for name, peak in self._peaks.items()}
             slowed = {reason: count / self._samples for reason, count in self._slowed.items()}
         total = sum(self._seconds.values())
@@ -188,8 +198,12 @@ class TrainingMonitor:
             self._samples += 1
             for name, value in numbers(sample).items():
                 self._sums[name] += value
+                self._counts[name] += 1
                 self._peaks[name] = max(value, self._peaks.get(name, value))
-            self._slowed.update({v["slowed_by"] for v in sample.values() if isinstance(v, dict) and "slowed_by" in v})
+            gpus = [figures for figures in sample.values() if isinstance(figures, dict)]
+            self._slowed.update(
+                {reason for gpu in gpus if "slowed_by" in gpu for reason in gpu["slowed_by"].split(", ")}
+            )
 
 
 @contextmanager

@@ -441,4 +441,4 @@ def open_monitor(folder: Path, config: Config, place: World, step: int = 0) -> A
 
     if not place.is_main:
         return TrainingMonitor(None, config.monitor, [])
-    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config, step))
+    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config, step), step=step)

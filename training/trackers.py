@@ -55,7 +55,9 @@ class MLflowTracker(Tracker):
                 mlflow.log_params(dict(cells[start : start + 100]))
 
     def log(self, kind: str, figures: Mapping[str, float], step: int) -> None:  # noqa: D102
-        self._mlflow.log_metrics({f"{kind}.{name}": value for name, value in figures.items()}, step=step)
+        # With its id: MLflow's active run is the thread's, and the monitor's thread logs too.
+        named = {f"{kind}.{name}": value for name, value in figures.items()}
+        self._mlflow.log_metrics(named, step=step, run_id=self.identity)
 
     def close(self) -> None:  # noqa: D102
         self._mlflow.end_run()

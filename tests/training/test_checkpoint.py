@@ -52,6 +52,20 @@ def test_only_the_latest_are_kept(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_outlives_later_steps_that_were_never_finished(tmp_path, keep):
+    """Killed in two saves, the run goes on from the step before them and does not save at the same steps again."""
+    _save(tmp_path, 100, keep)
+    for step in (150, 170):
+        (tmp_path / f"step-{step:08d}.pt").write_bytes(b"half")
+    path = _save(tmp_path, 130, keep)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found[1]["step"] == 130
+    there = sorted(each.name for each in tmp_path.glob("*.pt"))
+    assert there == ["step-00000100.pt", path.name][-keep:]
+
+
 def test_leftovers_of_a_killed_save_are_cleared_away(tmp_path):
     (tmp_path / ".step-00000001.pt.999.tmp").write_bytes(b"x" * 100)
     _save(tmp_path, 2)

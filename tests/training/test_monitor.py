@@ -25,6 +25,20 @@ FAST = MonitorSettings(interval_s=0.02)
 class SimulatedNvml:
     """Answers like pynvml for machines that are not here: several GPUs, MIG, figures not given, a GPU lost."""
 
+    NVML_PCIE_UTIL_RX_BYTES, NVML_TEMPERATURE_GPU, NVML_CLOCK_SM = 1, 0, 1
+
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if not name.startswith("nvmlDeviceGet") or name in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
+            return found
+
+        def asked(handle, *arguments):
+            if handle in self.lost:
+                raise RuntimeError("GPU is lost")
+            return found(handle, *arguments)
+
+        return asked
+
     def __init__(self, count: int = 1, mig: bool = False, init_fails: bool = False) -> None:
         self.count, self.mig, self.init_fails = count, mig, init_fails
         self.lost: set[int] = set()
@@ -55,8 +69,6 @@ class SimulatedNvml:
         return (1, 1)
 
     def nvmlDeviceGetMemoryInfo(self, handle):
-        if handle in self.lost:
-            raise RuntimeError("GPU is lost")
         return SimpleNamespace(total=80 * 2**30, used=(handle + 1) * 2**30)
 
     def nvmlDeviceGetUtilizationRates(self, handle):
@@ -128,6 +140,15 @@ def test_a_gpu_lost_in_mid_run_says_so_and_ends_nothing():
     assert reader.read()[0]["memory_mb"] == 1024
 
 
+def test_a_gpu_that_does_not_give_its_memory_is_not_lost():
+    nvml = SimulatedNvml()
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: 1 / 0  # machines whose GPU shares the host's memory
+    assert GpuReader(nvml).read()[0]["utilisation"] == 50
+    with TrainingMonitor(None, FAST, nvml=nvml) as monitor:
+        _wait_for_samples(monitor)
+        assert monitor.line().endswith("GPU0 50 %")
+
+
 def _wait_for_samples(monitor: TrainingMonitor) -> None:
     end = time.monotonic() + 20
     while monitor.summary()["samples"] < 3 and time.monotonic() < end:
@@ -171,6 +192,37 @@ def test_summary_gives_means_and_peaks_of_every_figure():
         summary = monitor.summary()
     assert summary["gpu0.power_w_mean"] == 300
     assert summary["gpu0.memory_mb_peak"] == 1024
+
+
+def _counted(monitor: TrainingMonitor, *gpus: dict[str, object]) -> dict[str, object]:
+    for gpu in gpus:
+        monitor._count({"cpu_percent": 100.0, "gpu0": gpu})
+    with monitor.time("compute"):
+        pass
+    return monitor.summary()
+
+
+def test_a_mean_is_of_the_samples_that_had_the_figure():
+    found = _counted(
+        TrainingMonitor(None, FAST, nvml=SimulatedNvml(count=0)),
+        *[{"utilisation": 90, "power_w": 300.0}, *[{"lost": True}] * 3],
+    )
+    assert (found["gpu0.utilisation_mean"], found["gpu0.power_w_mean"], found["cpu_percent_mean"]) == (90, 300, 100)
+    assert "The model itself" in str(found["advice"])
+
+
+def test_a_cause_that_holds_a_gpu_down_counts_beside_whatever_others():
+    others = ("", ", software thermal", ", hardware thermal", ", power brake", ", hardware slowdown")
+    gpus = [{"utilisation": 90, "slowed_by": f"power cap{other}"} for other in others]
+    found = _counted(TrainingMonitor(None, FAST, nvml=SimulatedNvml(count=0)), *gpus)
+    assert "held down by its power cap:" in str(found["advice"])
+
+
+def test_samples_of_a_run_that_goes_on_carry_its_step(tmp_path):
+    with TrainingMonitor(tmp_path, MonitorSettings(interval_s=60), nvml=SimulatedNvml(), step=48):
+        pass
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [48, 48]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +289,20 @@ def test_a_tracker_that_fails_is_left_out_and_ends_nothing(tmp_path, caplog):
         monitor.log("epoch", {"step": 2, "auroc": 0.6})
     assert [(kind, step) for kind, _, step in good.seen if kind == "epoch"] == [("epoch", 1), ("epoch", 2)]
     assert len([record for record in caplog.records if "the server is away" in record.getMessage()]) == 1
+
+
+class FailingAtTheEnd(Kept):
+    def close(self):
+        raise ConnectionError("the server is away")
+
+
+def test_a_tracker_that_cannot_end_ends_nothing_else(tmp_path, caplog):
+    good = Kept()
+    monitor = TrainingMonitor(tmp_path, MonitorSettings(interval_s=60), [FailingAtTheEnd(), good])
+    with pytest.raises(SystemExit, match="143"), monitor:
+        raise SystemExit(143)
+    assert good.closed
+    assert "FailingAtTheEnd failed and is left out from here on: the server is away" in caplog.text
 
 
 def test_a_job_shorter_than_the_interval_is_measured_once(tmp_path):

@@ -59,7 +59,9 @@ class FakeMlflow(ModuleType):
         assert not set(parameters) & set(self.parameters), "MLflow refuses to change a parameter"
         self.parameters |= parameters
 
-    def log_metrics(self, figures, step):
+    def log_metrics(self, figures, step, run_id):
+        # Without an id MLflow begins a run of its own in a thread that has none.
+        assert run_id == "m-1"
         self.logged.append((figures, step))
 
     def end_run(self):

@@ -51,7 +51,7 @@ def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_]
     if not path.is_file():
         raise InputError(f"{path}: no such file; data.loader.hard_negatives expects a CSV with a column image_id.")
     try:
-        listed = pd.read_csv(path, dtype=str)
+        listed = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise InputError(f"{path}: cannot be read as a CSV ({error}); expected a column image_id.") from None
     if "image_id" not in listed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def judge(
 
     Returns:
         The breasts, what `with_covariates` gives; and, before them, a dict as JSON can hold it (no NaN but None):
-        `folds` (a dict each: fold, finished, breast); `picture`, `breast` and `patient`, each
+        `folds` (a dict each: what `judged_from` gives, and `breast`); `picture`, `breast` and `patient`, each
         what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the ranking figures per
         breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups` gives; `unseen`, what
         `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts' `auroc` and its
@@ -78,7 +79,7 @@ def judge(
     result = {
         "run": str(run.root),
         "aggregate": aggregate,
-        "folds": [_fold(fold, breasts, value) for fold in run.folds],
+        "folds": [{**of, "breast": _of_fold(breasts, of["fold"], value)} for of in judged_from(run)],
         "picture": metrics.summarise(frame["cancer"], frame["prediction"], value),
         "breast": _with_intervals(breasts, value, resamples),
         "mean_of_folds": _mean_of_folds(breasts),
@@ -96,11 +97,22 @@ def judge(
     return runs.plain(result), breasts
 
 
+def judged_from(run: Run) -> list[dict[str, Any]]:
+    """What figures of a run are taken from: a dict each fold, its number `fold`, whether it has `finished`, and
+    `validation`, the SHA-256 of its predictions (None where there are none)."""
+    tables = [fold.folder / runs.VALIDATION for fold in run.folds]
+    digests = [hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None for table in tables]
+    return [
+        {"fold": fold.fold, "finished": fold.finished, "validation": digest}
+        for fold, digest in zip(run.folds, digests, strict=True)
+    ]
+
+
 def out_of_fold(run: Run) -> pd.DataFrame:
     """Validation predictions of all folds, a row a picture.
 
     Raises:
-        RunError: none there, or a patient in two folds.
+        RunError: none there, or a picture in two folds.
     """
     judged = [fold for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
     if not judged:
@@ -193,6 +205,9 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
         }
         for name, label in names.items()
     ]
+    if (honest := result["threshold"]["pf1_out_of_fold"]) is not None:
+        figure = "pF1, each fold at the others' best threshold (per breast)"
+        rows.insert(-1, {"figure": figure, "value": _number(honest), "95 % interval": ""})
     if len(result["folds"]) > 1:
         mean = _number(result["mean_of_folds"]["auroc"])
         rows.insert(1, {"figure": "AUROC (mean of folds)", "value": mean, "95 % interval": ""})
@@ -240,13 +255,9 @@ def _cross_thresholded(breasts: pd.DataFrame) -> float:
     return metrics.pf1(breasts["cancer"], called)
 
 
-def _fold(fold: runs.FoldRun, breasts: pd.DataFrame, threshold: float) -> dict[str, Any]:
-    own = breasts[breasts["fold"] == fold.fold]
-    return {
-        "fold": fold.fold,
-        "finished": fold.finished,
-        "breast": metrics.summarise(own["cancer"], own["prediction"], threshold),
-    }
+def _of_fold(breasts: pd.DataFrame, fold: int, threshold: float) -> dict[str, Any]:
+    own = breasts[breasts["fold"] == fold]
+    return metrics.summarise(own["cancer"], own["prediction"], threshold)
 
 
 def _mean_of_folds(breasts: pd.DataFrame) -> dict[str, float]:

@@ -55,7 +55,8 @@ def read_folds(store: Store) -> pd.DataFrame:
     if not path.is_file():
         raise StoreError(f"{path}: no folds there. Make them with: python cli.py folds --store {store.root}")
     try:
-        folds = pd.read_csv(path, dtype={"image_id": str, "fold": np.int64})[["image_id", "fold"]]
+        folds = pd.read_csv(path, dtype={"image_id": str, "fold": np.int64}, keep_default_na=False)
+        folds = folds[["image_id", "fold"]]
     except (ValueError, KeyError, OverflowError):
         raise StoreError(f"{path}: expected the columns image_id and fold (a whole number). {again}") from None
     rows = store.manifest

@@ -32,8 +32,12 @@ def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
     Raises:
         RunError: a folder is no run.
     """
-    opened = [runs.open_run(folder) for folder in run_folders]
-    described = [_describe(run, full=index < MOST_IN_FULL) for index, run in enumerate(opened)]
+    opened = [runs.open_run(folder) for folder in {folder.resolve(): folder for folder in run_folders}.values()]
+    names = _names([run.root.resolve() for run in opened])
+    described = [
+        _describe(run, name, full=index < MOST_IN_FULL)
+        for index, (run, name) in enumerate(zip(opened, names, strict=True))
+    ]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -52,12 +56,20 @@ def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
     return out
 
 
-def _describe(run: Run, full: bool) -> dict[str, Any]:
+def _names(roots: list[Path]) -> list[str]:
+    """Runs' folders, each with as many of its parents as tell them all apart."""
+    depth = 1
+    while len(names := ["/".join(root.parts[-depth:]) for root in roots]) > len(set(names)):
+        depth += 1
+    return names
+
+
+def _describe(run: Run, name: str, full: bool) -> dict[str, Any]:
     """Everything that the page says of a run."""
     judged = any((fold.folder / runs.VALIDATION).is_file() for fold in run.folds)
     result = _metrics(run) if judged else None
     described: dict[str, Any] = {
-        "name": _name(run.root),
+        "name": name,
         "root": str(run.root),
         "folds": [{"fold": f.fold, "finished": f.finished, "epochs": len(f.records("epoch"))} for f in run.folds],
         "metrics": result,
@@ -76,16 +88,16 @@ def _describe(run: Run, full: bool) -> dict[str, Any]:
         store = _store(run)
         described |= {
             "curves": sections.curves(run),
-            "ranking": sections.ranking(breasts, result["threshold"]["value"])
-            if breasts is not None and result
-            else [],
+            "ranking": sections.ranking(breasts, threshold) if breasts is not None else [],
             "breasts": breasts,
             "thresholds": sections.thresholds(breasts, threshold) if breasts is not None else [],
             "subgroups": sections.subgroups(result),
             "timelines": sections.timelines(run),
-            "used": [row for fold in run.folds if (row := sections.used(fold))],
+            "used": sections.used(run),
             "data": _data(store, frame),
-            "cases": report_pictures.cases(run, store, frame) if store is not None and frame is not None else [],
+            "cases": report_pictures.cases(run, store, frame, breasts, threshold)
+            if store is not None and frame is not None and breasts is not None
+            else [],
         }
     return described
 
@@ -97,12 +109,13 @@ def _breasts(run: Run, frame: pd.DataFrame, result: dict[str, Any]) -> pd.DataFr
 
 
 def _metrics(run: Run) -> dict[str, Any]:
-    """metrics.json where it is newer than every prediction, else the same figures now."""
-    saved = run.root / runs.METRICS
-    tables = [fold.folder / runs.VALIDATION for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
-    if saved.is_file() and all(saved.stat().st_mtime_ns >= table.stat().st_mtime_ns for table in tables):
-        return runs.read_json(saved)
-    return evaluate.evaluate(run.root)
+    """metrics.json where it was made from these folds and predictions, else the same figures now."""
+    path = run.root / runs.METRICS
+    saved = runs.read_json(path) if path.is_file() else {}
+    now = evaluate.judged_from(run)
+    if [{key: of.get(key) for key in now[0]} for of in saved.get("folds", [])] == now:
+        return saved
+    return evaluate.evaluate(run.root, names=saved.get("covariates"))
 
 
 def _summary(run: Run, result: dict[str, Any] | None) -> str:
@@ -122,7 +135,11 @@ def _summary(run: Run, result: dict[str, Any] | None) -> str:
         return f"{text} Without both classes among them, ranking cannot be judged."
     ends = breast["intervals"].get("auroc")
     interval = f" (95 % interval {_percent(ends[0])} to {_percent(ends[1])})" if ends else ""
-    unclear = "; that is not distinguishable from chance" if ends and ends[0] <= 0.5 else ""
+    unclear = ""
+    if ends and ends[0] <= 0.5:
+        unclear = "; that is not distinguishable from chance"
+        if ends[1] < 0.5:
+            unclear = "; that is worse than chance, as if the labels were the wrong way round"
     text += (
         " Given one breast with cancer and one without, it ranks the right one higher "
         f"{_percent(breast['auroc'])} of the time{interval}{unclear}."
@@ -139,12 +156,6 @@ def _summary(run: Run, result: dict[str, Any] | None) -> str:
             f"{_percent(1 - at['specificity'])} of the healthy breasts suspicious."
         )
     return text
-
-
-def _name(root: Path) -> str:
-    """A run's folder; with its parent where it is called `runs`, as the demo's is."""
-    root = root.resolve()
-    return f"{root.parent.name}/{root.name}" if root.name == "runs" else root.name
 
 
 def _store(run: Run) -> Store | None:

@@ -41,8 +41,15 @@ def _spread(positions: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return positions[np.unique(np.linspace(0, len(positions) - 1, min(count, len(positions))).astype(int))]
 
 
-def cases(run: Run, store: Store, frame: pd.DataFrame) -> list[dict[str, Any]]:
+def cases(run: Run, store: Store, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: float) -> list[dict[str, Any]]:
     """The pictures that the models judged best and worst, by their out-of-fold prediction.
+
+    Args:
+        run: for the models.
+        store: for the pictures.
+        frame: a row a picture.
+        breasts: a row a breast; one with cancer is found where its prediction reaches the threshold.
+        threshold: the chosen one.
 
     Returns:
         `title` and `pictures` of each kind; a picture stands beside itself under Grad-CAM of the model that
@@ -50,10 +57,11 @@ def cases(run: Run, store: Store, frame: pd.DataFrame) -> list[dict[str, Any]]:
     """
     positives = frame[frame["cancer"] == 1].sort_values("prediction", ascending=False)
     negatives = frame[frame["cancer"] == 0].sort_values("prediction", ascending=False)
+    found = positives["prediction_id"].isin(breasts.loc[breasts["prediction"] >= threshold, "prediction_id"])
     groups = {
-        "Cancers found with the most confidence": positives.head(CASES),
-        "Cancers missed": positives.tail(CASES)[::-1],
-        "Healthy pictures called most suspicious": negatives.head(CASES),
+        "Cancers found with the most confidence": positives[found].head(CASES),
+        "Cancers missed": positives[~found].tail(CASES)[::-1],
+        "Healthy pictures with the highest predictions": negatives.head(CASES),
     }
     everything = pd.concat(groups.values()).drop_duplicates("image_id")
     rows = store.manifest.set_index("image_id", drop=False)

@@ -153,23 +153,38 @@ def _is_gpu(name: str) -> bool:
     return re.fullmatch(r"gpu\d+", name) is not None
 
 
-def used(fold: FoldRun) -> dict[str, Any] | None:
-    """What a fold used, from its last summary: a row of the table; None where nothing was sampled."""
-    for found in fold.records("summary")[-1:]:
-        shares = found.get("shares") or {}
-        row: dict[str, Any] = {"fold": str(fold.fold)}
-        row |= {f"% {name}": f"{100 * shares.get(phase, 0.0):.1f}" for phase, name in _PHASES.items()}
-        row |= {"CPU %, mean": found.get("cpu_percent_mean"), "RAM MiB, peak": found.get("rss_mb_peak")}
-        for name in sorted({key.split(".")[0] for key in found if _is_gpu(key.split(".")[0])}):
-            row |= {
-                f"{name.upper()} %, mean": found.get(f"{name}.utilisation_mean"),
-                f"{name.upper()} MiB, peak": found.get(f"{name}.memory_mb_peak"),
-            }
-            if (energy := found.get(f"{name}.energy_j_peak")) is not None:
-                row[f"{name.upper()} kJ"] = energy / 1000
-        row = {key: round(value) if isinstance(value, float) else value for key, value in row.items()}
-        return row
-    return None
+def used(run: Run) -> list[dict[str, Any]]:
+    """What each fold used, a row of the table each; none for a fold of which nothing was sampled."""
+    rows = [_used(fold, summaries) for fold in run.folds if (summaries := fold.records("summary"))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _used(fold: FoldRun, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A fold's row, from the summary of each call that trained it: means of all samples, peaks, and energy in all."""
+
+    def each(key: str) -> list[tuple[float, int]]:
+        return [(s[key], s.get("samples", 1)) for s in summaries if s.get(key) is not None]
+
+    def mean(key: str) -> float | None:
+        found = each(key)
+        return sum(v * n for v, n in found) / sum(n for _, n in found) if found else None
+
+    def peak(key: str) -> float | None:
+        return max((value for value, _ in each(key)), default=None)
+
+    summaries = [{**s, **(dict.fromkeys(_PHASES, 0.0) | s["shares"] if s.get("shares") else {})} for s in summaries]
+    row: dict[str, Any] = {"fold": str(fold.fold)}
+    row |= {f"% {name}": f"{100 * (mean(phase) or 0.0):.1f}" for phase, name in _PHASES.items()}
+    row |= {"CPU %, mean": mean("cpu_percent_mean"), "RAM MiB, peak": peak("rss_mb_peak")}
+    for name in sorted({key.split(".")[0] for s in summaries for key in s if _is_gpu(key.split(".")[0])}):
+        row |= {
+            f"{name.upper()} %, mean": mean(f"{name}.utilisation_mean"),
+            f"{name.upper()} MiB, peak": peak(f"{name}.memory_mb_peak"),
+        }
+        if energy := each(f"{name}.energy_j_peak"):
+            row[f"{name.upper()} kJ"] = sum(joules for joules, _ in energy) / 1000
+    return {key: round(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _dig(record: Any, path: tuple[str, ...]) -> float:

@@ -84,7 +84,8 @@ class FoldRun:
         if not path.is_file():
             raise RunError(f"{path}: not there yet; the fold has not finished its first epoch. Train it with --resume.")
         try:
-            found = pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str))
+            # Nothing but an empty cell lacks: NA is a site as good as another.
+            found = pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str), keep_default_na=False, na_values=[""])
         except ValueError as error:  # pandas' own errors are ValueErrors
             raise RunError(f"{path}: not readable as a CSV ({error}); the run is damaged there.") from None
         needed = ("image_id", "patient_id", "prediction_id", "cancer", "fold", "prediction")

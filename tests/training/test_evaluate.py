@@ -104,6 +104,19 @@ def test_nothing_unseen_is_none(tmp_path):
     assert evaluate.evaluate(_write_run(tmp_path, _frame()), resamples=20)["unseen"] is None
 
 
+def test_a_site_that_is_called_na_is_a_site(tmp_path):
+    """pandas reads NA, null and others as missing, which conversion does not."""
+    frame = _frame()
+    frame = frame.assign(site_id=frame["site_id"].map({"1": "NA", "2": "EU"}), density="null")
+    root = _write_run(tmp_path, frame)
+    for fold in runs.open_run(root).folds:
+        runs.write_json(fold.folder / runs.ENVIRONMENT, {"training": {"sites": ["NA", "EU"]}})
+    found = evaluate.evaluate(root, resamples=20)
+    assert found["unseen"] is None
+    groups = {(part["group"], part["value"]) for part in found["subgroups"]}
+    assert {("site_id", "NA"), ("site_id", "EU"), ("density", "null")} < groups
+
+
 def test_a_run_without_positives_is_evaluated_and_printed(tmp_path):
     found = evaluate.evaluate(_write_run(tmp_path, _frame().assign(cancer=0.0)), resamples=20)
     assert found["breast"]["auroc"] is None
@@ -123,6 +136,10 @@ def test_headline_has_one_row_a_figure_with_its_interval(tmp_path):
     assert all(row.keys() == rows[0].keys() for row in rows)
     auroc = next(row for row in rows if row["figure"] == "AUROC (per breast)")
     assert 0.5 < float(auroc["value"]) < 1
+    figures = [row["figure"] for row in rows]
+    honest = figures.index("pF1, each fold at the others' best threshold (per breast)")
+    assert figures[honest - 1] == "pF1 at the best threshold (per breast)"
+    assert 0 < float(rows[honest]["value"]) <= float(rows[honest - 1]["value"])
     assert " to " in auroc["95 % interval"]
 
 

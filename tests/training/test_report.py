@@ -6,6 +6,8 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -219,17 +221,95 @@ def test_resources_of_each_fold_are_in_the_table(tmp_path):
     }
     with (root / "fold0/metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(summary) + "\n")
-    assert sections.used(runs.open_run(root).folds[0]) == {
-        "fold": "0",
-        "% waiting for data": "25.0",
-        "% in transfer": "0.0",
-        "% in compute": "75.0",
-        "CPU %, mean": 152,
-        "RAM MiB, peak": 901,
-        "GPU0 %, mean": 95,
-        "GPU0 MiB, peak": 10000,
-        "GPU0 kJ": 12,
-    }
+    assert sections.used(runs.open_run(root)) == [
+        {
+            "fold": "0",
+            "% waiting for data": "25.0",
+            "% in transfer": "0.0",
+            "% in compute": "75.0",
+            "CPU %, mean": 152,
+            "RAM MiB, peak": 901,
+            "GPU0 %, mean": 95,
+            "GPU0 MiB, peak": 10000,
+            "GPU0 kJ": 12,
+        }
+    ]
+
+
+def test_what_a_fold_used_is_of_all_calls_that_trained_it_and_each_figure_is_below_its_name(tmp_path):
+    root = make_run(tmp_path / "run", folds=2)
+    of_gpu = {"gpu0.utilisation_mean": 90.0, "gpu0.memory_mb_peak": 8e3, "gpu0.energy_j_peak": 9e6}
+    first = {"samples": 300, "rss_mb_peak": 64e3, "cpu_percent_mean": 100.0, "shares": {"compute": 1.0}, **of_gpu}
+    resumed = {"samples": 100, "rss_mb_peak": 900.0, "cpu_percent_mean": 200.0, "gpu0.energy_j_peak": 5e4}
+    resumed |= {"shares": {"compute": 0.6, "data": 0.4}}
+    plain = {"samples": 5, "rss_mb_peak": 10.0, "cpu_percent_mean": 50.0, "shares": {"compute": 1.0}}
+    for fold, summaries in enumerate(([plain], [first, resumed])):
+        lines = [json.dumps({"kind": "summary", "time": 1, "step": 1, "advice": "", **each}) for each in summaries]
+        (root / f"fold{fold}/metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    on_cpu, on_gpu = sections.used(runs.open_run(root))
+    assert list(on_cpu) == list(on_gpu)
+    assert on_cpu["GPU0 kJ"] is None
+    assert (on_gpu["GPU0 kJ"], on_gpu["RAM MiB, peak"], on_gpu["CPU %, mean"]) == (9050, 64000, 125)
+    assert (on_gpu["% waiting for data"], on_gpu["GPU0 %, mean"]) == ("10.0", 90)
+
+
+def test_figures_are_made_anew_where_folds_or_predictions_are_others_than_they_were_of(tmp_path):
+    root, more = make_run(tmp_path / "run", folds=1), make_run(tmp_path / "more", folds=2)
+    summary = root / "fold0" / runs.SUMMARY
+    summary.unlink()
+    evaluate.evaluate(root, resamples=20, names=["age"])
+    assert "not finished in fold(s) 0" in Page(report.write_report([root])).text
+    summary.write_text("{}")  # ended without a better epoch: the predictions are the same
+    text = Page(report.write_report([root])).text
+    assert "not finished in fold(s)" not in text
+    assert "age into account" in text  # as it was evaluated
+    (more / "fold1").rename(root / "fold1")  # with its older times
+    assert "Judged on 160 breasts" in Page(report.write_report([root])).text
+    saved = (root / runs.METRICS).stat().st_mtime_ns
+    report.write_report([root])
+    assert (root / runs.METRICS).stat().st_mtime_ns == saved
+
+
+def test_runs_of_one_name_are_told_apart_and_one_given_twice_is_one(tmp_path):
+    found = [make_run(tmp_path / name / "default", folds=1) for name in ("one", "two")]
+    text = Page(report.write_report([*found, found[0]], tmp_path / "both.html")).text
+    assert "2 of 2 runs can be judged" in text
+    assert "Run one/default" in text
+    assert "Run two/default" in text
+
+
+def test_ranking_worse_than_chance_is_called_that(tmp_path):
+    root = make_run(tmp_path / "run", folds=1)
+    path = root / "fold0" / runs.VALIDATION
+    table = pd.read_csv(path, dtype=str)
+    runs.write_table(path, table.assign(prediction=1 - table["prediction"].astype(float)))
+    text = Page(report.write_report([root])).text
+    assert "worse than chance" in text
+    assert "not distinguishable" not in text
+
+
+def test_cancers_are_missed_where_their_breast_is_below_the_threshold(monkeypatch):
+    frame = pd.DataFrame(
+        {
+            "image_id": ["a", "b", "c", "d", "e"],
+            "prediction_id": ["1_L", "1_L", "2_L", "3_L", "4_R"],
+            "cancer": [1.0, 1.0, 1.0, 1.0, 0.0],
+            "prediction": [0.9, 0.2, 0.4, 0.3, 0.6],
+        }
+    )
+    breasts = pd.DataFrame({"prediction_id": ["1_L", "2_L", "3_L", "4_R"], "prediction": [0.55, 0.4, 0.3, 0.6]})
+    monkeypatch.setattr(report_pictures, "_overlays", lambda *given: {})
+    monkeypatch.setattr(
+        report_pictures, "_thumbnail", lambda store, row: {"image": row["image_id"], "caption": "", "uri": ""}
+    )
+    store: Any = SimpleNamespace(manifest=frame)
+
+    def shown(threshold):
+        groups = report_pictures.cases(None, store, frame, breasts, threshold)  # pyright: ignore[reportArgumentType]
+        return {group["title"].split(" ")[1]: [p["image"] for p in group["pictures"]] for group in groups}
+
+    assert shown(0.5) == {"found": ["a", "b"], "missed": ["d", "c"], "pictures": ["e"]}
+    assert shown(0.1) == {"found": ["a", "c", "d", "b"], "pictures": ["e"]}
 
 
 def test_a_picture_and_its_overlay_are_cut_to_the_breast_with_a_gap_between():

@@ -149,6 +149,8 @@ def export(
         contents |= {f"fold{fold.fold}.safetensors": fold.best.read_bytes() for fold in folds}
     for name, content in contents.items():
         write_atomically(out / name, content)
+    for earlier in set(out.glob("fold*.safetensors")) - {out / name for name in contents}:
+        earlier.unlink()
     runs.write_json(out / DESCRIPTION, _description(ensemble, folds, contents, summary))
     return summary
 

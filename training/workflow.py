@@ -82,7 +82,7 @@ def run_all(job: Job, console: Console) -> Outcome:
     Raises:
         InputError, StoreError, RunError, ConfigError: as the steps do.
     """
-    steps = _Steps(job.run / "workflow.json", console)
+    steps = Steps(job.run / "workflow.json", console)
     for path in (job.images, job.table):
         if not path.exists():
             raise InputError(f"{path}: not there. Make a synthetic data set with: python cli.py synth")
@@ -93,9 +93,9 @@ def run_all(job: Job, console: Console) -> Outcome:
     converted = steps.always("convert", lambda: _convert(job, console))
     store = open_store(job.store)
     data = _digest(store.fingerprint, job.config.data.model_dump_json())
-    steps.once("folds", data, [job.store / "folds.csv"], lambda: folds.make_folds(store, job.config.data))
+    steps.once("folds", data, [job.store / folds.FOLDS_FILE], lambda: split(store, job.config, steps))
     numbers = sorted(int(fold) for fold in folds.read_folds(store)["fold"].unique())
-    trained = _digest(data, configuration.dump(job.config), _file_digest(job.store / "folds.csv"))
+    trained = _digest(data, configuration.dump(job.config), _file_digest(job.store / folds.FOLDS_FILE))
     for folder in job.run.glob("fold*"):
         if folder.name.removeprefix("fold").isdigit() and int(folder.name.removeprefix("fold")) not in numbers:
             _set_aside(folder, "belongs to other folds", console)
@@ -112,7 +112,9 @@ def run_all(job: Job, console: Console) -> Outcome:
         where = (str(job.test_images.resolve()), str(job.submission.resolve()))
         wanted = _digest(evaluated, _file_digest(job.test_table), *where, *_listing(job.test_images))
         result = steps.once("predict", wanted, [job.submission], lambda: _predict(job, console))
-        exit_code = steps.remember("exit code of predict", result.exit_code if result else None)
+        if result:
+            steps.remember("exit code of predict", result.exit_code)
+        exit_code = steps.known("exit code of predict")
         if exit_code:  # some breast fell back, which may be mended by the next call
             steps.remember("predict", "")
         files["submission"] = job.submission
@@ -128,6 +130,22 @@ def run_all(job: Job, console: Console) -> Outcome:
         skipped=steps.skipped,
         exit_code=exit_code,
     )
+
+
+def split(store: Store, config: Config, steps: Steps) -> None:
+    """Make the store's folds, or make them anew where this run made those that are there; others' are used as they are,
+    for their runs' models were held out by them.
+
+    Raises:
+        InputError: too few patients for so many folds.
+        StoreError: folds there that others made and that cannot be used.
+    """
+    path = store.root / folds.FOLDS_FILE
+    if path.is_file() and _file_digest(path) != steps.known("folds made here"):
+        folds.read_or_make_folds(store, config.data)
+        return
+    folds.make_folds(store, config.data)
+    steps.remember("folds made here", _file_digest(path))
 
 
 def _listing(folder: Path) -> Iterator[str]:
@@ -181,7 +199,7 @@ def _predict(job: Job, console: Console) -> predict.PredictSummary:
         )
 
 
-class _Steps:
+class Steps:
     """Runs steps, times them, and skips those whose stamp says that nothing has changed."""
 
     def __init__(self, stamps: Path, console: Console) -> None:
@@ -191,6 +209,7 @@ class _Steps:
         self.skipped: list[str] = []
 
     def always(self, name: str, action: Callable[[], Any]) -> Any:
+        """The action's result."""
         self._console.heading(name)
         start = time.perf_counter()
         result = action()
@@ -199,21 +218,22 @@ class _Steps:
 
     def once(self, name: str, stamp: str, outputs: Sequence[Path], action: Callable[[], Any]) -> Any:
         """The action's result, or None where the step was skipped."""
-        if self._stamps.get(name) == stamp and all(path.is_file() for path in outputs):
+        if self.known(name) == stamp and all(path.is_file() for path in outputs):
             self.skipped.append(name)
             return None
         result = self.always(name, action)
         self.remember(name, stamp)
         return result
 
-    def remember(self, name: str, value: Any) -> Any:
-        """Keep a value for later calls; None reads back the one kept."""
-        if value is None:
-            return self._stamps[name]
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a value for later calls."""
         self._stamps[name] = value
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps(self._stamps, indent=1).encode())
-        return value
+
+    def known(self, name: str) -> Any:
+        """What was remembered, by this call or an earlier one; None for nothing."""
+        return self._stamps.get(name)
 
 
 def _digest(*parts: str) -> str:

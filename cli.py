@@ -484,6 +484,51 @@ def export(runs: Path, out: Path | None, calibrate: Any, aggregate: Any, covaria
 
 
 @main.command()
+@click.option("--runs", type=_PATH, default=RUN, show_default=True, help="Run folder, or one fold of it.")
+@_store
+@click.option("--out", type=_PATH, default=None, help="Folder to write.  [default: features in the run folder]")
+@click.option("--batch-size", type=click.IntRange(1), default=None, help="Pictures a batch.  [default: the run's own]")
+@_device
+@click.pass_context
+def features(
+    ctx: click.Context, runs: Path, store: Path, out: Path | None, batch_size: int | None, device: str | None
+) -> None:
+    """Write what each fold's model sees in a store's pictures: a feature vector each, as Parquet."""
+    from training import features as extraction
+    from training.monitor import watched
+
+    signal.signal(signal.SIGTERM, _end)
+    with _console(ctx) as console, watched(console, "Extracting features", "images", "predict") as (monitor, advance):
+        summary = extraction.extract(
+            runs,
+            store,
+            out or runs / "features",
+            device=device or "auto",
+            batch_size=batch_size,
+            progress=advance,
+            monitor=monitor,
+        )
+    click.echo(summary)
+
+
+@main.command()
+@_config
+@_set
+@_device
+@click.pass_context
+def analyse(ctx: click.Context, config_source: str | None, overrides: tuple[str, ...], device: str | None) -> None:
+    """Say what the configured model costs for one picture, stage by stage: parameters, FLOPs, memory, time."""
+    from training.analysis import analyse_config, as_rows
+    from training.config import load_config
+
+    config = load_config(config_source, overrides)
+    with _console(ctx) as console:
+        stages = analyse_config(config, device or "auto")
+        size = f"{config.pipeline.height} × {config.pipeline.width}"
+        console.table(f"{config.model.backbone}, {size}, forward", as_rows(stages))
+
+
+@main.command()
 @click.option("--runs", type=_PATH, multiple=True, help=f"Run folders to show; repeatable.  [default: {RUN}]")
 @click.option("--out", type=_PATH, default=None, help="Page to write.  [default: report.html in the first run folder]")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:

@@ -31,7 +31,6 @@ from preprocessing.convert import convert
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
-from training.analysis import analyse, as_json, as_rows
 from training.build import build_parts
 from training.config import Config, MonitorSettings, load_config
 from training.console import Console
@@ -180,7 +179,6 @@ def _split(text: str) -> list[str]:
 @click.option("--repeats", type=int, default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--set", "more", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
-@click.option("--analyse", "stages", is_flag=True, help="Print each model's cost by stage too.")
 @click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write everything to this file.")
 def main(
     store: Path | None,
@@ -194,7 +192,6 @@ def main(
     repeats: int,
     device: str,
     more: tuple[str, ...],
-    stages: bool,
     out: Path | None,
 ) -> None:
     """Measure and print a table."""
@@ -204,32 +201,19 @@ def main(
         for use_compile in ([False, True] if compiled else [False])
         for layout in ([True, False] if channels_first else [True])
     ]
-    rows, costs, kept = [], {}, Figures(out)
+    device = "auto" if device == "gpu" else device
+    rows, kept = [], Figures(out)
     with tempfile.TemporaryDirectory() as folder, Console(quiet=True) as console:
         opened = open_store(store) if store else make_store(Path(folder), 12, max(512, *map(int, _split(sizes))))
         for case in cases:
-            config = case.config(batch_size, "auto" if device in ("auto", "gpu") else device, more)
+            config = case.config(batch_size, device, more)
             with training_advice(config):
                 so_far = partial(kept.so_far, rows=rows, case=str(case))
                 rows.append(measure(opened, case, config, steps, repeats, so_far))
         console.table("Training speed", [_shown(row) for row in rows])
-        if stages:
-            for case in {(c.model, c.size): c for c in cases}.values():
-                costs[f"{case.model} {case.size}"] = _cost(case, batch_size, device, more, console)
-    where = machine(pick_device("auto" if device in ("auto", "gpu") else device))
+    where = machine(pick_device(device))
     ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows}
-    kept.final({"machine": where, "rows": rows, "ratios": ratios, "stages": costs})
-
-
-def _cost(case: Case, batch: int, device: str, more: tuple[str, ...], console: Console) -> list[dict[str, Any]]:
-    from training.model import build_model
-
-    config = case.config(batch, device, more)
-    where = pick_device("auto" if device in ("auto", "gpu") else device)
-    model = build_model(config.model, config.pipeline.channels).to(where)
-    found = analyse(model, torch.randn(1, config.pipeline.channels, case.size, case.size, device=where))
-    console.table(f"{case.model} at {case.size}, one picture, forward", as_rows(found))
-    return as_json(found)
+    kept.final({"machine": where, "rows": rows, "ratios": ratios})
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""From tiles to training tensors on NVIDIA DALI: one graph for CPU and GPU, all randomness planned outside it."""
+"""From tiles to training tensors on NVIDIA DALI: the same steps on CPU and GPU, all randomness planned outside it."""

@@ -138,7 +138,9 @@ class LoaderSettings(_Settings):
     epoch_samples: int | None = Field(
         default=None, ge=1, description="Samples an epoch; without it as many as there are images."
     )
-    threads: int = Field(default=0, ge=0, le=256, description="DALI threads; 0 takes every core.")
+    threads: int = Field(
+        default=0, ge=0, le=256, description="Threads that prepare samples, and DALI's; 0 takes every core."
+    )
     prefetch: int = Field(default=2, ge=1, le=16, description="Batches prepared ahead.")
     cache: Literal["none", "host", "device"] = Field(default="none", description="Where decoded levels are kept.")
     cache_mb: int = Field(default=2048, ge=1, description="Size of that cache in MiB.")

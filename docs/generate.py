@@ -56,7 +56,8 @@ def store() -> str:
         "| `manifest.parquet` | one row an image, the columns below and the CSV's other columns as they were |",
         f"| `rejected.csv` | one row an unconverted input: {', '.join(f'`{c}`' for c in REJECTED_COLUMNS)} |",
         "| `folds.csv` | `image_id`, `fold`: written by `folds` |",
-        "| `tiles/<level>/<patient>/<image>.tif` | 16-bit grayscale TIFF in tiles; any TIFF reader opens it |",
+        "| `tiles/<level>/<patient>/<image>.tif` | 16-bit grayscale TIFF in tiles, for readers that know its codec; "
+        "with `--codec htj2k` `<image>.j2k`, a bare HTJ2K codestream |",
         "",
         "Level L has longest side min(L, longest side of the crop); levels of equal size share one file.",
         "Values are stored values, unsigned,",

@@ -38,7 +38,7 @@ def to_tile_values(decoded: Decoded, inverted: bool) -> NDArray[np.uint16]:
 
     Args:
         decoded: a picture.
-        inverted: turn it: it is MONOCHROME1, or its CSV says that it is a negative.
+        inverted: turn it: `is_inverted` says so, or its CSV says that it is a negative.
     """
     header = decoded.header
     stored = decoded.stored

@@ -6,7 +6,7 @@ A store is a folder with
     journal.jsonl      what is finished, for a run that continues an interrupted one
     rejected.csv       one row an input that did not make it, `REJECTED_COLUMNS`
     folds.csv          image_id, fold (written by `folds`)
-    tiles/<level>/<patient>/<image>.tif
+    tiles/<level>/<patient>/<image>.tif (.j2k with codec htj2k)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "source_sha256": (pa.string(), "its SHA-256"),
     "format": (pa.string(), "dicom, png, jpeg or tiff"),
     "transfer_syntax": (pa.string(), "DICOM transfer syntax UID, empty otherwise"),
-    "decoder": (pa.string(), "what decoded it: dicomsdl, pydicom, imagecodecs ..."),
+    "decoder": (pa.string(), "what decoded it: numpy, dicomsdl, imagecodecs, pylibjpeg, zlib, tifffile or nvimgcodec"),
     "photometric": (pa.string(), "MONOCHROME1 or MONOCHROME2 (PS3.3 C.7.6.3.1.2)"),
     "presentation_intent": (pa.string(), "FOR PRESENTATION, FOR PROCESSING or empty (0008,0068)"),
     "policy": (pa.string(), "what the written policy says of unusual pictures, empty for usual ones"),

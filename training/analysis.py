@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.model import MammoModel
+from training.config import Config
+from training.device import pick_device
+from training.model import MammoModel, build_model, require_sizes
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ def analyse(model: MammoModel, images: Tensor, repeats: int = 3) -> list[Stage]:
     return [*found, Stage("total", _parameters(model), int(flops["Global"]), size, seconds)]
 
 
+def analyse_config(config: Config, device: str = "auto") -> list[Stage]:
+    """`analyse` of the model that a configuration describes, with random weights, on one picture of its size.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot take pictures of that size; or a GPU is asked for that is not
+            there.
+    """
+    place = pick_device(device)
+    pipeline = config.pipeline
+    model = build_model(config.model, pipeline.channels).to(place)
+    require_sizes(model, pipeline.channels, {(pipeline.height, pipeline.width)})
+    return analyse(model, torch.randn(1, pipeline.channels, pipeline.height, pipeline.width, device=place))
+
+
 def as_rows(stages: list[Stage]) -> list[dict[str, Any]]:
     """For a table on the screen: millions of parameters, gigaFLOPs, MiB and milliseconds."""
     return [
@@ -71,11 +87,6 @@ def as_rows(stages: list[Stage]) -> list[dict[str, Any]]:
         }
         for stage in stages
     ]
-
-
-def as_json(stages: list[Stage]) -> list[dict[str, Any]]:
-    """Plain values, for a file."""
-    return [asdict(stage) for stage in stages]
 
 
 def _stages(model: MammoModel) -> Iterator[tuple[str, nn.Module]]:

@@ -142,7 +142,7 @@ def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Grou
         # The weights are float32; a CPU's convolutions have no float16 to autocast to.
         precision = pick_precision("fp32" if trained == "fp16" and device.type == "cpu" else trained, device)
         loaded.append(Member(number, described["sha256"], model, precision, channels_last))
-    return Group(config.pipeline, loader, config.data.seed, tuple(loaded))
+    return Group(config.pipeline, loader, tuple(loaded))
 
 
 def _common_settings(folds: Sequence[FoldRun]) -> ConvertSettings:

@@ -92,12 +92,12 @@ class TrainSettings(_Settings):
     )
     focal_gamma: float = Field(default=2.0, ge=0, le=10, description="Focusing exponent: 1 or more, or 0 for none.")
     class_weights: Literal["none", "balanced"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        default="none", description="Weight of positives: none, the inverse frequency of what is drawn, or a number."
+        default="none", description="Weight of positives: none, balanced (negatives over positives drawn), or a number."
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Label smoothing.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         default="auto",
-        description="Autocast type; 'auto' is bf16 where the device has it, else fp16 on a GPU, else fp32.",
+        description="Autocast type; 'auto' is bf16 on a GPU that has it, else fp16 there, and fp32 on a CPU.",
     )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 is off.")
     accumulate: int = Field(default=1, ge=1, description="Steps whose gradients are added up.")

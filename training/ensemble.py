@@ -44,7 +44,6 @@ class Group:
 
     pipeline: PipelineSettings
     loader: LoaderSettings
-    seed: int
     members: tuple[Member, ...]
 
 
@@ -206,7 +205,7 @@ class Ensemble:
         from dali_pipes.loader import Loader
 
         device = str(self.device)
-        loader = Loader(store, rows, group.pipeline, group.loader, seed=group.seed, train=False, device=device)
+        loader = Loader(store, rows, group.pipeline, group.loader, train=False, device=device)
         with loader:
             for batch in timed(loader.epoch(0), monitor, "data"):
                 with monitor.time("transfer"):

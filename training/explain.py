@@ -164,7 +164,7 @@ def _maps(
         return
     pipeline = group.pipeline
     device = str(ensemble.device)
-    with Loader(store, rows, pipeline, group.loader, seed=group.seed, train=False, device=device) as loader:
+    with Loader(store, rows, pipeline, group.loader, train=False, device=device) as loader:
         for batch in loader.epoch(0):
             image = batch["image"].to(ensemble.device)
             found = [_scaled(_map(cast(MammoModel, member.model), image, method), method) for member in group.members]

@@ -182,7 +182,7 @@ def open_exported(path: Path, device: str = "auto") -> Ensemble:
     loader = LoaderSettings.model_validate(known["loader"])
     return Ensemble(
         names=(str(path),),
-        groups=(Group(PipelineSettings.model_validate(known["pipeline"]), loader, known["seed"], (member,)),),
+        groups=(Group(PipelineSettings.model_validate(known["pipeline"]), loader, (member,)),),
         weights=np.ones(1),
         aggregates=(known["aggregate"],),
         prior=known["prior"],
@@ -230,7 +230,6 @@ def _description(
         "output": {"name": "probability", "dtype": "float32", "shape": ["batch"], "range": [0, 1]},
         "pipeline": pipeline.model_dump(mode="json"),
         "loader": group.loader.model_dump(mode="json"),
-        "seed": group.seed,
         "conversion": ensemble.settings.model_dump(mode="json"),
         "aggregate": ensemble.aggregates[0],
         "prior": ensemble.prior,

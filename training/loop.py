@@ -1,4 +1,4 @@
-"""The loop itself: one epoch of training, one pass of validation. Everything around it is in fit.py.
+"""The loop itself: one epoch of training, one pass of validation. Everything around it is in session.py.
 
 Shapes: B samples of a batch, C channels, H x W pixels.
 Nothing between two steps waits for the device: losses are added up there and read where they are written down.

@@ -5,6 +5,7 @@ else on the share of cancers in training, and is listed. Files written, each ato
     <out>                       prediction_id, cancer: one row a breast, in the table's order
     predictions_images.csv      one row a picture
     predictions_problems.csv    one row for each picture that needed a fallback, or that is in doubt
+    predictions_settings.json   the models, weights, aggregation, calibration and threshold that made them
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, patch
     shape = (f"pipeline.height={size}", f"pipeline.width={size}", f"pipeline.patch_level={patch_level or 'null'}")
     config = load_config(None, (*shape, "pipeline.clahe.enabled=false"))
     member = Member(0, "", _Brightness(), torch.float32, False)  # type: ignore[arg-type]
-    group = Group(config.pipeline, config.data.loader, 0, (member,))
+    group = Group(config.pipeline, config.data.loader, (member,))
     ensemble = Ensemble(("run",), (group,), np.ones(1), ("mean",), 0.1, 0.5, settings, torch.device("cpu"))
     assert explanation.explain(ensemble, store, store.manifest, np.array([0.4]), tmp_path / "no", 0.5) == []
     (path,) = explanation.explain(ensemble, store, store.manifest, np.array([0.7]), tmp_path / "out", 0.5)

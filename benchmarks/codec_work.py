@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing import gpu_decode
-from preprocessing.codecs import choose
+from preprocessing.codecs import CODECS
 from preprocessing.codestream import inspect
 
 
 def host_decode(data: bytes) -> NDArray[np.integer]:
     """What the conversion does of a codestream, without its checks."""
     facts = inspect(data)
-    return choose(facts).decode(data, facts)
+    return CODECS[facts.kind].decode(data, facts)
 
 
 def host_count(files: Sequence[bytes]) -> int:

@@ -93,11 +93,6 @@ def from_deflate(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     return np.frombuffer(bytearray(values[:size]), f"<u{width}").reshape(facts.rows, facts.columns)
 
 
-def choose(facts: Codestream) -> Codec:
-    """The decoder of a codestream."""
-    return CODECS[facts.kind]
-
-
 CODECS: dict[Kind, Codec] = {
     # dicomsdl wherever its result is right once it is shown the codestream's own facts, and nothing as exact is faster.
     # libjpeg-turbo and CharLS give the same values for every reference and 1,500 mutants, in 0.7 and 0.85 of the time;

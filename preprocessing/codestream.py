@@ -46,7 +46,7 @@ class Codestream:
 _SOF = {0xC0: Kind.JPEG_BASELINE, 0xC1: Kind.JPEG_EXTENDED, 0xC3: Kind.JPEG_LOSSLESS, 0xF7: Kind.JPEG_LS}
 _OTHER_SOF = {0xC2, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # progressive, hierarchical, arithmetic
 _BARE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
-_SOC, _SIZ, _CAP, _COD, _SOT, _EOC = 0xFF4F, 0xFF51, 0xFF50, 0xFF52, 0xFF90, 0xFFD9
+_SIZ, _CAP, _COD, _SOT, _EOC = 0xFF51, 0xFF50, 0xFF52, 0xFF90, 0xFFD9
 _SOS = 0xDA
 _WAVELET = 13  # bytes from the COD marker to its transformation: 0 is 9-7, 1 is 5-3
 _EOI_WITHIN = 64  # bytes at the end in which the end marker must lie: fragments are padded

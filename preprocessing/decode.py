@@ -74,7 +74,7 @@ def _decode_dicom(file: dicom_header.Source, settings: ConvertSettings) -> Decod
     if frame.kind is Kind.NATIVE:
         return Decoded(_cut_bits(_native(frame.data, header), header), facts, "numpy")
     coded = frame.codestream or _as_the_header_says(frame, header)
-    codec = codecs.choose(coded)
+    codec = codecs.CODECS[coded.kind]
     raw, decoder = _run(codec, frame, coded, header, settings.decode_on)
     if frame.codestream is None:
         return Decoded(_cut_bits(raw, header), facts, decoder)

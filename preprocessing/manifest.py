@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -203,11 +204,11 @@ def write_manifest(
 def write_rejected(root: Path, rows: Iterable[Mapping[str, str]]) -> None:
     """Replace rejected.csv atomically."""
     with replaced(root / "rejected.csv") as file:
-        file.write((",".join(REJECTED_COLUMNS) + "\n").encode())
-        for row in rows:
-            line = _Line()
-            csv.writer(line, lineterminator="\n").writerow([row[column] for column in REJECTED_COLUMNS])
-            file.write(line.text.encode())
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer: csv.DictWriter[str] = csv.DictWriter(text, REJECTED_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()
 
 
 def write_head(root: Path, settings: ConvertSettings) -> None:
@@ -238,12 +239,3 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename, error.filename2 = str(path), None  # which a full disk does not name
         raise
-
-
-class _Line:
-    """What `csv.writer` writes to, kept as text."""
-
-    text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text

@@ -60,13 +60,6 @@ class Staged(NamedTuple):
     crc32: int
 
 
-class Written(NamedTuple):
-    """A level's file as it lies on the disk."""
-
-    bytes: int
-    crc32: int
-
-
 class TileError(Exception):
     """A level did not read back as it was written, or a file holds no level."""
 
@@ -215,7 +208,7 @@ def settle(staged: Path, path: Path, durable: bool = True) -> None:
         raise
 
 
-def write_level(path: Path, level: Level, codec: Codec = "zstd", tile: int = 256) -> Written:
+def write_level(path: Path, level: Level, codec: Codec = "zstd", tile: int = 256) -> Staged:
     """Write a level through a temporary file beside it, read it back, compare, and only then give it its name.
 
     Raises:
@@ -225,7 +218,7 @@ def write_level(path: Path, level: Level, codec: Codec = "zstd", tile: int = 256
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = stage_level(level, path.parent, codec, tile)
     settle(staged.temporary, path)
-    return Written(staged.bytes, staged.crc32)
+    return staged
 
 
 def _tiles(level: Level, side: int, differences: bool) -> Iterator[Level]:

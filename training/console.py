@@ -47,7 +47,7 @@ class Console:
         self.live = self._screen.is_terminal and not quiet and not json_logs
         handlers: list[logging.Handler] = [self._screen_handler()]
         if directory is not None:
-            handlers.append(_LogFile(directory / "run.log", self._formatter(plain=True)))
+            handlers.append(_LogFile(directory / "run.log", self._formatter()))
         self._handlers = handlers
         self._loggers = [logging.getLogger(name) for name in PACKAGES]
 
@@ -145,14 +145,14 @@ class Console:
             )
         else:
             handler = logging.StreamHandler(sys.stderr)
-            handler.setFormatter(self._formatter(plain=True))
+            handler.setFormatter(self._formatter())
         handler.setLevel(logging.WARNING if self.quiet else logging.INFO)
         return handler
 
-    def _formatter(self, plain: bool) -> logging.Formatter:
+    def _formatter(self) -> logging.Formatter:
         if self._json:
             return _JsonFormatter(self.run_id)
-        return logging.Formatter(f"%(asctime)s {self.run_id} %(levelname).1s %(message)s" if plain else "%(message)s")
+        return logging.Formatter(f"%(asctime)s {self.run_id} %(levelname).1s %(message)s")
 
 
 class _JsonFormatter(logging.Formatter):

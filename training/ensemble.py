@@ -151,7 +151,6 @@ class Ensemble:
             row's position, why there is none.
         """
         sums = np.zeros((len(rows), len(self.names)))
-        counts = np.zeros(len(self.names))
         faults: dict[int, str] = {}
         passes = []
         for group in self.groups:
@@ -165,10 +164,7 @@ class Ensemble:
                     sums[index, member.run] += np.where(number < offered[index], probabilities / offered[index], 0)
                 if at == len(passes) and done:
                     done(len(index))
-        for group in self.groups:
-            for member in group.members:
-                counts[member.run] += 1
-        means = sums / counts
+        means = sums / [len(hashes) for hashes in self._hashes()]
         finite = np.atleast_1d(np.isfinite(means).all(axis=1))
         for row in np.flatnonzero(~finite).tolist():
             faults.setdefault(row, "the models gave no finite number")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,15 +78,6 @@ def fit(
             return done
         with Session(config, store, fold, folder, command, console, place, device, training, held_out) as session:
             return session.run()
-
-
-def fit_all(
-    config: Config, store: Store | str | Path, out: Path, resume: bool = False, command: str = "", console: Any = None
-) -> Iterator[FitSummary]:
-    """Train every fold of the store in turn; with `resume`, finished ones are passed over and a begun one continued."""
-    store = store if isinstance(store, Store) else open_store(store)
-    for fold in sorted(folds.read_or_make_folds(store, config.data)["fold"].unique().tolist()):
-        yield fit(config, store, int(fold), out, resume=resume, command=command, console=console)
 
 
 def split(store: Store, data: DataSettings, fold: int, place: World | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:

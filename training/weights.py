@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models import load_pretrained as timm_load_pretrained
@@ -148,7 +147,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, Exception) as error:  # noqa: BLE001 - see below
+    except Exception as error:  # noqa: BLE001
         # pickle's own errors share no base class below Exception.
         raise InputError(
             f"{path}: not readable as weights ({type(error).__name__}); expected safetensors or a state dict."

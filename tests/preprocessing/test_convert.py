@@ -18,9 +18,9 @@ from preprocessing.convert import convert, verify
 from preprocessing.errors import InputError, StoreError, UserError
 from preprocessing.journal import locked
 from preprocessing.manifest import STORE_VERSION, open_store
-from preprocessing.mapping import one_row_a_picture
 from preprocessing.progress import Progress
 from preprocessing.settings import ConvertSettings
+from preprocessing.table import one_row_a_picture
 from tests.preprocessing.pictures import HEADER, data_set, digest, picture, write_png
 
 SETTINGS = ConvertSettings(levels=("full", "128", "64"), timeout_s=20)

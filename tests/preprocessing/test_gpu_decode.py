@@ -20,7 +20,7 @@ import torch
 from pydicom import uid
 
 from preprocessing import gpu_decode
-from preprocessing.codecs import choose
+from preprocessing.codecs import CODECS
 from preprocessing.codestream import inspect
 from preprocessing.convert import convert
 from preprocessing.decode import decode
@@ -46,7 +46,7 @@ def right(frames):
     found = []
     for frame in frames:
         facts = inspect(frame)
-        values = choose(facts).decode(frame, facts)
+        values = CODECS[facts.kind].decode(frame, facts)
         found.append(values.view(values.dtype.str.replace("i", "u")))
     return found
 

@@ -99,7 +99,7 @@ def test_every_codec_gives_every_value_back(codec: Codec, shape: tuple[int, int]
     path = tmp_path / "a" / f"b{tiles.suffix(codec)}"
     written = tiles.write_level(path, level, codec)
     data = path.read_bytes()
-    assert written == (len(data), zlib.crc32(data))
+    assert written[1:] == (path.stat().st_size, zlib.crc32(path.read_bytes()))
     assert np.array_equal(tiles.read_level(path), level)
     assert tiles.encode_level(level, codec) == data, "the same array must give the same bytes"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no temporary file may stay"

@@ -298,10 +298,10 @@ def test_unlabelled_pictures_are_neither_trained_on_nor_validated(tmp_path):
 
 def test_all_folds_and_resuming_passes_over_finished_ones(store, tmp_path):
     config = fakes.small_config("train.epochs=1")
-    first = list(fit.fit_all(config, store, tmp_path / "run"))
+    first = [fit.fit(config, store, fold, tmp_path / "run") for fold in (0, 1)]
     assert [summary.fold for summary in first] == [0, 1]
     served = len(fakes.FakeLoader.served)
-    again = list(fit.fit_all(config, store, tmp_path / "run", resume=True))
+    again = [fit.fit(config, store, fold, tmp_path / "run", resume=True) for fold in (0, 1)]
     assert again == first
     assert len(fakes.FakeLoader.served) == served
 

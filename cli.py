@@ -93,6 +93,14 @@ _decode_on = click.option(
     show_default=True,
     help="Decode JPEG 2000 and HTJ2K on a GPU, or lossless JPEG too; the values are the same.",
 )
+_column = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME=COLUMN[:VALUE|VALUE]",
+    help="Take a column of another data set's table as ours, such as patient_id=study_id or "
+    "'cancer=pathology:MALIGNANT' (1 where the cell is one of the values); repeatable.",
+)
 _config = click.option("--config", "config_source", default=None, help="A preset's name or a YAML file.")
 _set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
 
@@ -152,14 +160,7 @@ def synth(ctx: click.Context, out: Path, patients: int, seed: int, size: Any, co
     default=None,
     help=f"The pictures' table.  [default: {RSNA}/train.csv, or none with --images]",
 )
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="NAME=COLUMN[:VALUE|VALUE]",
-    help="Take a column of another data set's table as ours, such as patient_id=study_id or "
-    "'cancer=pathology:MALIGNANT' (1 where the cell is one of the values); repeatable.",
-)
+@_column
 @click.option("--out", type=_PATH, default=STORE, show_default=True, help="Store to write.")
 @click.option("--levels", default=None, help="Levels to write, such as full,2048,1024,512 (the default).")
 @click.option(
@@ -379,6 +380,7 @@ def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None
     default=None,
     help=f"Their table.  [default: {RSNA}/test.csv, or none with --images or --store]",
 )
+@_column
 @click.option("--out", type=_PATH, default=Path("submission.csv"), show_default=True, help="Submission to write.")
 @click.option("--tta/--no-tta", default=False, help="Average each prediction with its left-right mirror image's.")
 @click.option("--all-windows", is_flag=True, help="Average each prediction over the file's own windows.")
@@ -405,6 +407,7 @@ def predict(
     store: Path | None,
     images: Path | None,
     table: Path | None,
+    columns: tuple[str, ...],
     out: Path,
     tta: bool,
     all_windows: bool,
@@ -431,6 +434,8 @@ def predict(
         raise InputError("predict takes --store or --images, not both.")
     if store is None and images is None:
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
+    if columns and table is None:
+        raise InputError("--column says how a table is read: give one with --csv.")
     signal.signal(signal.SIGTERM, _end)
     with _console(ctx) as console, watched(console, "Predicting", "images", "predict") as (monitor, advance):
         summary = prediction.predict(
@@ -448,6 +453,7 @@ def predict(
             calibrate=calibrate,
             aggregate=aggregate,
             covariates=parse_names(covariates),
+            columns=columns,
             batch_size=batch_size,
             explain=explain,
             workers=workers,

@@ -6,6 +6,7 @@ one with the same arguments does what is missing and comes to the same bytes.
 
 from __future__ import annotations
 
+import logging
 import time
 import zlib
 from collections import Counter, defaultdict
@@ -37,6 +38,8 @@ from preprocessing.manifest import (
 from preprocessing.progress import Progress, Report
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source
+
+log = logging.getLogger(__name__)
 
 # Settings that change no byte of a store.
 _FREE = {"decode_on", "timeout_s", "memory_mb", "max_pixels"}
@@ -114,7 +117,7 @@ def convert(
         scheduler: address of a dask.distributed scheduler to run on instead.
         repair: verify every tile first and redo the damaged ones.
         progress: told of each finished file.
-        columns: how the columns of another data set's table are taken; see `mapping.map_columns`.
+        columns: how the columns of another data set's table are taken; see `table.map_columns`.
 
     Raises:
         InputError: the folder or the CSV does not hold what it must, or no scheduler answers.
@@ -132,6 +135,7 @@ def convert(
     _claim(out)
     with locked(out):
         _settle(out, settings)
+        _require_as_much(out, listed, csv is not None, repair)
         (out / ".images").write_text(str(images), encoding="utf-8")  # for the gallery; no part of the store
         with Journal(out / "journal.jsonl") as journal:
             run = _Run(images, out, settings, listed, csv is not None, journal, progress)
@@ -217,6 +221,8 @@ class _Run:
         self._summary.left_out = len(self._had() - set(self._table["image_id"]))
         known = set(schema(self._settings.levels, {}).names)
         extra = table.extra_columns(self._table, known) if self._from_csv else {}
+        if self._from_csv and (ours := known & set(self._table.columns) - set(table.KNOWN)):
+            log.info("Not carried from the table, for the manifest has its own: %s.", ", ".join(sorted(ours)))
         ordered = self._table.iloc[order]
         write_manifest(self._out, self._rows(ordered, extra), self._settings.levels, extra)
         write_rejected(self._out, self._rejections())
@@ -333,6 +339,26 @@ def _require_some(images: Path, csv: Path, listed: pd.DataFrame) -> None:
         f"{images}: none of the {len(listed)} pictures of {csv} is there (the first: {problem}). "
         "Give the folder that they lie in with --images."
     )
+
+
+def _require_as_much(out: Path, listed: pd.DataFrame, from_csv: bool, repair: bool) -> None:
+    """A call that left the table out would take all labels from a store that has some, and a repair with another table
+    than the store's would take its pictures."""
+    try:
+        had = pq.read_table(out / "manifest.parquet", columns=["image_id", "cancer"]).to_pandas()
+    except (OSError, pa.ArrowException):  # none yet, or a damaged one
+        return
+    if not from_csv and had["cancer"].notna().any():
+        raise InputError(
+            f"{out}: its labels came with a table, and none is given. Give it with --csv, or convert into another "
+            "folder with --out."
+        )
+    lacking = had["image_id"][~had["image_id"].isin(listed["image_id"])]
+    if repair and len(lacking):
+        raise InputError(
+            f"{out}: --repair, but {len(lacking)} of its {len(had)} pictures (such as {lacking.iloc[0]}) are not among "
+            "those given. Give the folder and the table that it was made from with --images and --csv."
+        )
 
 
 def _claim(out: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import os
 import posixpath
@@ -16,6 +18,8 @@ import pyarrow as pa
 
 from preprocessing.errors import InputError
 
+log = logging.getLogger(__name__)
+
 # Tried in this order before the patient's folder is listed for any other ending.
 _SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", "")
 # Files of a folder without CSV that nobody means as pictures.
@@ -24,6 +28,12 @@ _DIGITS = 15  # of any whole number that float64 holds
 _EMPTY = {"", "nan", "none", "null", "na", "n/a"}
 _FLAGS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 _EXPECTED = "expected NAME=COLUMN, such as patient_id=study_id, or NAME=COLUMN:VALUE|VALUE, 1 where the cell is one"
+# Columns that mean something here; others of a table are carried as they are.
+KNOWN = (
+    *("patient_id", "image_id", "file", "laterality", "view", "prediction_id", "cancer", "age", "implant", "inverted"),
+    *("site_id", "machine_id", "density", "BIRADS", "invasive"),
+)
+_IDS = ("patient_id", "image_id", "prediction_id", "file")
 _LATERALITY = {"l": "L", "left": "L", "r": "R", "right": "R"}
 
 
@@ -82,7 +92,7 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
     path where two files share a stem).
 
     Args:
-        csv: the file.
+        csv: the file, in UTF-8 or, with a byte order mark, UTF-16; separated by commas, semicolons or tabs.
         columns: how another data set's columns are taken; see `map_columns`. Rows of one picture become one.
         labels: `cancer`, `implant` and `age` must be what they should; without it a cell that is not counts as empty.
 
@@ -92,30 +102,74 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
     """
     if not csv.is_file():
         raise InputError(f"{csv}: no such CSV file. Give one with --csv; cli.py synth makes a set to try.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{csv}: the file is empty; expected a header line and one row an image.") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise InputError(f"{csv}: not readable as a CSV: {' '.join(str(error).split())}") from None
-    table = map_columns(table, columns, csv)
+    table = map_columns(_read(csv), columns, csv)
     wanted = ["patient_id"] if "file" in table.columns else ["patient_id", "image_id"]
     missing = [column for column in wanted if column not in table.columns]
     if missing:
         raise InputError(
             f"{csv}: column {missing[0]} is missing; found {', '.join(map(str, table.columns))}. "
-            "Say which column it is, such as --column patient_id=study_id; docs/data-preparation.md has examples."
+            "Say which column it is, such as --column patient_id=study_id (convert and predict take it); "
+            "docs/data-preparation.md has examples."
         )
     if table.empty:
         raise InputError(f"{csv}: no rows below its header; expected one row an image.")
+    if labels and "cancer" not in table.columns:
+        log.info("%s has no column cancer: its pictures have no labels.", csv)
     if "image_id" not in table.columns:
         table["image_id"] = _named_after(table["file"])
     if columns:
         table = one_row_a_picture(table)
     _check(table, csv, labels)
-    return table
+    return table.reset_index(drop=True)
+
+
+def _read(csv: Path) -> pd.DataFrame:
+    """A table's cells as text, ids without the blanks around them; the index counts lines from the one below the
+    header, of which those that are empty are left out."""
+    data = csv.read_bytes()
+    if data.startswith(b"PK\3\4"):
+        raise InputError(f"{csv}: an Excel workbook, not a CSV; save it as CSV UTF-8.")
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        content = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig").upper()
+        raise InputError(f"{csv}: not {name} at byte {error.start:,}; save it as CSV UTF-8.") from None
+    header = content.partition("\n")[0]
+    separator = "," if "," in header else max(",;\t", key=header.count)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                io.StringIO(content),
+                sep=separator,
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                skip_blank_lines=False,
+            )
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{csv}: the file is empty; expected a header line and one row an image.") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        raise InputError(f"{csv}: not readable as a CSV: {' '.join(str(error).split())}") from None
+    table = table[(table != "").any(axis=1)]
+    table = table.rename(columns=_names([str(name) for name in table.columns], csv))
+    return table.assign(**{name: table[name].str.strip() for name in _IDS if name in table})
+
+
+def _names(found: Sequence[str], csv: Path) -> dict[str, str]:
+    """What the columns are called: without blanks around, and those that mean something as they are spelt here."""
+    names = {name: name.strip() for name in found}
+    spelt = {name.lower(): name for name in KNOWN}
+    for name, stripped in names.items():
+        known = spelt.get(stripped.lower(), stripped)
+        if known not in names.values():
+            log.info("%s: its column %s is taken for %s.", csv, stripped, known)
+            names[name] = known
+    doubled = [name for name in names.values() if list(names.values()).count(name) > 1]
+    if doubled:
+        raise InputError(f"{csv}: its header has the column {doubled[0]} twice.")
+    return names
 
 
 def map_columns(table: pd.DataFrame, given: Sequence[str], csv: Path) -> pd.DataFrame:
@@ -153,13 +207,18 @@ def map_columns(table: pd.DataFrame, given: Sequence[str], csv: Path) -> pd.Data
 
 
 def one_row_a_picture(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows that share their `image_id` as one, in the place of the first: sets that list findings have several rows a
-    picture. There is cancer where one of them says so; other cells are the first row's."""
+    """Rows of one picture (of one `image_id`, `patient_id` and, where there is one, `file`) as one, in the place of the
+    first: sets that list findings have several rows a picture. There is cancer where one of them says so; other cells
+    are the first row's."""
+    same = [name for name in ("image_id", "patient_id", "file") if name in table.columns]
     if "cancer" in table.columns:
         known = table["cancer"].map(lambda cell: number({"": cell}, ""))
-        cancer = known.groupby(table["image_id"]).transform("max")
+        cancer = known.groupby([table[name] for name in same]).transform("max")
         table = table.assign(cancer=table["cancer"].where(cancer.isna(), cancer.map("{:g}".format)))
-    return table.drop_duplicates("image_id", ignore_index=True)
+    merged = table.drop_duplicates(same)
+    if len(merged) < len(table):
+        log.info("%s rows are those of %s pictures.", f"{len(table):,}", f"{len(merged):,}")
+    return merged
 
 
 def walk_folder(images: Path) -> pd.DataFrame:
@@ -222,8 +281,9 @@ def find_file(images: Path, row: Mapping[str, str]) -> tuple[str, str]:
         name = posixpath.normpath(text(row, "file"))
         if "\\" in name and not _there(images / name):  # written on Windows
             name = posixpath.normpath(name.replace("\\", "/")) if "\\x" not in name else name
-        if name.startswith(f"{images}/"):
-            name = posixpath.relpath(name, images)
+        if not (_inside(name) and _there(images / name)):  # absolute, or relative to where the program runs
+            whole, root = os.path.abspath(name), os.path.abspath(images)
+            name = posixpath.relpath(whole, root) if whole.startswith(root.rstrip("/") + "/") else name
         if not _inside(name):
             return "", f"column file names {name}, which is not in the images folder"
         if _there(images / name):
@@ -311,7 +371,7 @@ def _check(table: pd.DataFrame, csv: Path, labels: bool) -> None:
         pandera.DataFrameSchema(columns).validate(table, lazy=True)
     except pandera.errors.SchemaErrors as errors:
         case = errors.failure_cases.iloc[0]
-        line = int(case["index"]) + 2
+        line = int(case["index"]) + 2  # as `_read` has it
         raise InputError(
             f"{csv}, line {line}: {case['column']} is {case['failure_case']!r}; expected {case['check']}."
         ) from None

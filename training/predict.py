@@ -88,6 +88,7 @@ def predict(
     calibrate: Method = "none",
     aggregate: Aggregate = "run",
     covariates: Sequence[str] | None = None,
+    columns: Sequence[str] = (),
     batch_size: int | None = None,
     workers: int = 0,
     decode_on: DecodeOn = "cpu",
@@ -119,6 +120,7 @@ def predict(
         aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
         covariates: what the table says of the patient that a breast's probability takes into account, as
             `open_ensemble` takes `names`; an exported model brings its own.
+        columns: how the columns of another data set's table are taken; see `table.map_columns`.
         batch_size: pictures a batch, where those of the runs' validation do not fit here.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.
@@ -153,7 +155,9 @@ def predict(
         )
     if models and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
-    listed = tables.read_table(csv, labels=False) if csv is not None else None
+    if csv is not None and out.resolve() == csv.resolve():
+        raise InputError(f"{out}: this is the pictures' table; name another file for the submission.")
+    listed = tables.read_table(csv, columns, labels=False) if csv is not None else None
     if store is not None:
         opened = open_store(store)
         ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)

@@ -393,8 +393,25 @@ def test_the_real_subset_converts_with_its_inverted_pictures_turned(real_data: P
 
 @pytest.mark.parametrize(("no", "yes"), [("False", "True"), ("no", "yes"), ("0", "1")])
 def test_there_is_cancer_where_one_row_of_a_picture_says_so_in_any_words(no: str, yes: str) -> None:
-    table = pd.DataFrame({"image_id": ["a", "a", "b", "b"], "cancer": [no, yes, no, ""]})
+    table = pd.DataFrame({"image_id": ["a", "a", "b", "b"], "patient_id": "p", "cancer": [no, yes, no, ""]})
     assert [float(cell) for cell in one_row_a_picture(table)["cancer"]] == [1.0, 0.0]
+
+
+def test_a_call_that_would_take_labels_or_pictures_from_a_store_is_refused(tmp_path: Path, caplog) -> None:
+    images, csv = data_set(tmp_path, 3)
+    listed = pd.read_csv(csv, dtype=str)
+    listed.assign(format="FFDM").to_csv(csv, index=False)
+    with caplog.at_level("INFO"):
+        convert(images, csv, tmp_path / "store", SETTINGS, workers=1)
+    assert "Not carried from the table, for the manifest has its own: format." in caplog.text
+    before = digest(tmp_path / "store")
+    with pytest.raises(InputError, match="its labels came with a table, and none is given"):
+        convert(images, None, tmp_path / "store", SETTINGS, workers=1)
+    listed.iloc[1:].to_csv(tmp_path / "fewer.csv", index=False)
+    with pytest.raises(InputError, match="--repair, but 1 of its 3 pictures"):
+        convert(images, tmp_path / "fewer.csv", tmp_path / "store", SETTINGS, workers=1, repair=True)
+    assert digest(tmp_path / "store") == before
+    assert convert(images, tmp_path / "fewer.csv", tmp_path / "store", SETTINGS, workers=1).images == 2
 
 
 def test_a_manifest_serves_as_the_table_of_another_store(tmp_path: Path) -> None:

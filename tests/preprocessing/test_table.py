@@ -61,9 +61,62 @@ def test_a_csv_that_cannot_be_used_is_one_clear_line(tmp_path: Path, lines: list
 def test_a_csv_that_is_missing_or_binary_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such CSV file"):
         table.read_table(tmp_path / "absent.csv")
-    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x80patient_id,image_id\n\x80,\x81\n")
-    with pytest.raises(InputError, match="not readable as a CSV"):
-        table.read_table(tmp_path / "binary.csv")
+    for data, message in (
+        (b"\xff\xfe\x80patient_id,image_id\n\x80,\x81\n", "not UTF-16 at byte 26; save it as CSV UTF-8"),
+        ("patient_id,image_id,view\n1,2,Krüger".encode("latin-1"), "not UTF-8 at byte 31; save it as CSV UTF-8"),
+        (b"PK\x03\x04 and so on", "an Excel workbook, not a CSV"),
+    ):
+        (tmp_path / "binary.csv").write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            table.read_table(tmp_path / "binary.csv")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_spreadsheets_write_is_read(tmp_path: Path, separator: str, encoding: str) -> None:
+    lines = ["Patient_ID , image_id,note,Cancer", " 007, 1 , ü x ,1", "", "8,2,,0", ",,,"]
+    path = tmp_path / "sheet.csv"
+    path.write_bytes("\r\n".join(lines).replace(",", separator).encode(encoding))
+    frame = table.read_table(path)
+    assert frame.to_dict("list") == {
+        "patient_id": ["007", "8"],
+        "image_id": ["1", "2"],
+        "note": [" ü x ", ""],
+        "cancer": ["1", "0"],
+    }
+
+
+def test_lines_are_counted_past_empty_ones(tmp_path: Path) -> None:
+    path = csv(tmp_path, "patient_id,image_id,age", "1,1,50", "", "", "1,2,old")
+    with pytest.raises(InputError, match="line 5: age is 'old'"):
+        table.read_table(path)
+
+
+def test_a_header_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has the column view twice"):
+        table.read_table(csv(tmp_path, "patient_id,image_id,view, view", "1,1,CC,MLO"))
+
+
+def test_only_rows_of_one_picture_become_one(tmp_path: Path) -> None:
+    """Where ids count within a patient, rows of different patients are no findings of one picture."""
+    lines = ["patient_id,image_id,side,cancer", "001,1,L,0", "002,1,L,1", "002,1,L,0"]
+    with pytest.raises(InputError, match="image_id '1' is on lines 2 and 3"):
+        table.read_table(csv(tmp_path, *lines), ["laterality=side"])
+    frame = table.read_table(csv(tmp_path, lines[0], *lines[2:]), ["laterality=side"])
+    assert frame[["patient_id", "cancer"]].to_numpy().tolist() == [["002", "1"]]
+
+
+def test_a_column_file_may_be_absolute_or_relative_to_the_program(tmp_path: Path, monkeypatch) -> None:
+    touch(tmp_path / "images" / "a" / "1.dcm")
+    touch(tmp_path / "elsewhere" / "1.dcm")
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{tmp_path}/images/a/1.dcm", "images/a/1.dcm", "a/1.dcm", "images/../images/a/1.dcm"]
+    for images in (Path("images"), tmp_path / "images", Path("images/../images/")):
+        for name in rows:
+            assert table.find_file(images, {"image_id": "1", "file": name}) == ("a/1.dcm", "")
+        path, problem = table.find_file(images, {"image_id": "1", "file": f"{tmp_path}/elsewhere/1.dcm"})
+        assert path == ""
+        assert "not in the images folder" in problem
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Loader:
         arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
     ) -> None:
         require_patch_level(store, pipeline)
-        self._labels = rows["cancer"].to_numpy(np.float32)
+        self._root, self._labels = store.root, rows["cancer"].to_numpy(np.float32)
         weights, hard = (row_weights(rows, loader), hard_rows(rows, loader)) if train else (None, None)
         self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size, weights, hard)
         self._open_source, self._arrays = partial(Source, store, rows, pipeline), arrays
@@ -287,5 +287,6 @@ class Loader:
             listed = "\n".join(f"  {reason}" for _, reason in sorted(self._faults.items()))
             raise StoreError(
                 f"{len(self._faults)} damaged tiles, more than data.loader.max_bad_samples = {most} allows. Mend the "
-                f"store with: python cli.py convert --repair\n{listed}"
+                f"store with: python cli.py convert --repair --out {self._root}, and the --images and --csv that it "
+                f"was made from\n{listed}"
             )

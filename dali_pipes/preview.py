@@ -71,7 +71,9 @@ def draw_sheet(
 def _picture(source: Source, steps: HostSteps, row: int, draw: Draw) -> NDArray[np.uint8]:
     sample, fault = source.sample(row, draw)
     if fault is not None:
-        raise StoreError(f"{fault.reason}. Mend the store with: python cli.py convert --repair")
+        raise StoreError(
+            f"{fault.reason}. Mend the store with convert --repair, and the --images and --csv that it was made from."
+        )
     return to_bytes(steps(*sample)[..., 0])
 
 

@@ -93,7 +93,7 @@ def _summary(model: type[BaseModel]) -> list[str]:
 
 def _shown(value: Any) -> str:
     if value is None:
-        return "none"
+        return "null"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

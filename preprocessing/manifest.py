@@ -117,7 +117,10 @@ class Store:
     @cached_property
     def rejected(self) -> pd.DataFrame:
         """Inputs that were not converted, with `REJECTED_COLUMNS`, text; empty where an older store lacks one."""
-        found = pd.read_csv(self.root / "rejected.csv", dtype=str, keep_default_na=False)
+        path = self.root / "rejected.csv"
+        if not path.is_file():
+            raise StoreError(f"{path}: not there. Run the same convert again: it makes it anew.")
+        found = pd.read_csv(path, dtype=str, keep_default_na=False)
         return found.reindex(columns=list(REJECTED_COLUMNS), fill_value="")
 
     @property
@@ -127,8 +130,10 @@ class Store:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every image's id, label and tile checksums: equal stores have equal ones."""
-        columns = ["image_id", "cancer", *(level_column("crc32", level) for level in self.levels)]
+        """SHA-256 over what training sees of every image, its ids, side, view, label and tile checksums: equal stores
+        have equal ones."""
+        columns = ["image_id", "patient_id", "laterality", "view", "prediction_id", "cancer"]
+        columns += [level_column("crc32", level) for level in self.levels]
         rows = self.manifest[columns].to_csv(index=False, lineterminator="\n")
         return hashlib.sha256(rows.encode()).hexdigest()
 

@@ -19,18 +19,23 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_Id = Annotated[str, Field(coerce_numbers_to_str=True)]  # which most are, and few write in quotes
+
+
 class DataSettings(_Settings):
     """Which pictures, and how they are split and drawn."""
 
     folds: int = Field(default=5, ge=2, le=50, description="Folds of StratifiedGroupKFold, grouped by patient.")
-    seed: int = Field(default=42, ge=0, description="Seed of the folds, the sample order and every augmentation.")
+    seed: int = Field(
+        default=42, ge=0, lt=2**32, description="Seed of the folds, the sample order and every augmentation."
+    )
     max_images: int | None = Field(
         default=None, ge=1, description="Use only that many images a split (debug mode sets it)."
     )
-    holdout_machines: tuple[str, ...] = Field(
+    holdout_machines: tuple[_Id, ...] = Field(
         default=(), description="Machines kept out of training, so that validation shows how unseen ones fare."
     )
-    holdout_sites: tuple[str, ...] = Field(default=(), description="Sites kept out of training, likewise.")
+    holdout_sites: tuple[_Id, ...] = Field(default=(), description="Sites kept out of training, likewise.")
     loader: LoaderSettings = Field(default_factory=LoaderSettings, description="How samples are delivered.")
 
 
@@ -215,7 +220,8 @@ def checked(model: type[_Model], values: dict[str, Any], where: str, overrides: 
         return model.model_validate(values)
     except ValidationError as error:
         path = _path(error.errors()[0]["loc"])
-        where = "--set" if any(text.partition("=")[0].strip() == path for text in overrides) else where
+        set_here = (text.partition("=")[0].strip() for text in overrides)
+        where = "--set" if any(path == name or path.startswith(f"{name}.") for name in set_here) else where
         raise ConfigError(f"{where}: {_explain(error, model)}") from None
 
 
@@ -234,7 +240,10 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not path.suffix and str(source) in presets():
         text = resources.files("training.presets").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"--config {source}: not UTF-8, so no YAML file.") from None
     else:
         raise ConfigError(f"--config {source}: no such file, nor a preset; the presets are {', '.join(presets())}.")
     try:
@@ -281,6 +290,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # a rule over several settings says itself which and what it found
         return f"{path}: {message}." if path else f"{message}."
+    if first["type"] == "tuple_type":
+        return f"{path} = {first.get('input')!r}: expected a list, such as [{first.get('input')}]."
     return f"{path} = {first.get('input')!r}: {message[0].lower()}{message[1:]}."
 
 

@@ -93,7 +93,7 @@ def fit(names: Sequence[str], breasts: pd.DataFrame) -> Covariates:
     if absent:
         raise RunError(
             f"{where}: {absent[0]} is unknown for all pictures that the run was validated on. Give it in the table "
-            "that is converted, or leave it out with --covariates none."
+            "that is converted and evaluate again, or leave it out with --covariates none."
         )
     from sklearn.linear_model import LogisticRegression
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from preprocessing.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -77,6 +79,11 @@ def world(device: torch.device | None = None, timeout_s: float = 600.0) -> Itera
     if size == 1:
         yield World()
         return
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking:
+        raise ConfigError(
+            f"WORLD_SIZE is {size} in the environment, but {lacking[0]} is not: start with torchrun, or unset it."
+        )
     place = World(int(os.environ["RANK"]), size)
     if dist.is_initialized():  # several folds in one call share the group
         yield place

@@ -25,7 +25,7 @@ def describe(store: Store, fold: int, device: torch.device, world: World, comman
     """The record of a run's beginning; `weights` is what the backbone began with."""
     return {
         "fold": fold,
-        "store": str(store.root),
+        "store": str(store.root.resolve()),
         "store_fingerprint": store.fingerprint,
         "store_settings": store.settings.model_dump(mode="json"),
         "command": command,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from preprocessing.errors import RunError
 from preprocessing.manifest import Store
 from training import covariates, metrics, runs
 from training.runs import Run
+
+log = logging.getLogger(__name__)
 
 BREAST_GROUPS = ("site_id", "machine_id", "density", "age", "implant")
 PICTURE_GROUPS = ("view",)
@@ -29,7 +33,8 @@ def evaluate(
 
     Args:
         run: the run's folder; all folds in it that have predictions are taken together.
-        store: where given, it must be the one that the run was trained on.
+        store: where given, it must be the one that the run was trained on; what its table says of the pictures now
+            (`runs.FACTS`) replaces what it said then.
         resamples: bootstrap resamples of patients.
         names: of the covariates that a breast's probability takes into account; None for the run's own.
 
@@ -40,7 +45,9 @@ def evaluate(
         RunError: no predictions there, the store is another, or the covariates cannot be fitted.
     """
     opened = runs.open_run(run)
-    _check_store(opened, store)
+    if store is not None:
+        _check_store(opened, store)
+        take_facts(opened, store)
     result, breasts = judge(opened, out_of_fold(opened), resamples, names)
     runs.write_json(opened.root / runs.METRICS, result)
     runs.write_table(opened.root / "metrics.csv", as_table(result))
@@ -271,9 +278,31 @@ def _with_intervals(frame: pd.DataFrame, threshold: float, resamples: int) -> di
     return {**figures, "intervals": metrics.bootstrap(frame, resamples)}
 
 
-def _check_store(run: Run, store: Store | None) -> None:
-    if store is None:
-        return
+def take_facts(run: Run, store: Store) -> None:
+    """Bring what the run's predictions say of their pictures up to date with the store that they are of: a table may be
+    corrected after training."""
+    rows = store.manifest.set_index("image_id")
+    for fold in run.folds:
+        path = fold.folder / runs.VALIDATION
+        if not path.is_file():
+            continue
+        as_text = {"dtype": str, "keep_default_na": False}  # so that no number changes in being read and written
+        names = [name for name in runs.FACTS if name in fold.validation and name in rows]
+        said = pd.read_csv(path, **as_text)
+        there = said.index[said["image_id"].isin(rows.index)]
+        if there.empty:
+            continue
+        written = rows.loc[said.loc[there, "image_id"], names].to_csv(index=False)
+        facts = said[names].copy()
+        facts.loc[there] = pd.read_csv(io.StringIO(written), skip_blank_lines=False, **as_text).to_numpy()
+        changed = (facts != said[names]).any(axis=1)
+        if changed.any():
+            log.info("%s: what the store's table says of %d pictures is taken anew.", fold.folder, changed.sum())
+            runs.write_table(path, said.assign(**{name: facts[name] for name in names}))
+            fold.__dict__.pop("validation")
+
+
+def _check_store(run: Run, store: Store) -> None:
     for fold in run.folds:
         trained_on = fold.environment.get("store_fingerprint")
         if trained_on != store.fingerprint:

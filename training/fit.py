@@ -95,6 +95,13 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
     if fold not in there:
         raise InputError(f"--fold {fold}: the store {store.root} has folds {', '.join(map(str, there))}.")
     rows = store.manifest.assign(fold=assigned.to_numpy())
+    for name, column, wanted in (
+        ("holdout_machines", "machine_id", data.holdout_machines),
+        ("holdout_sites", "site_id", data.holdout_sites),
+    ):
+        known = sorted(set(rows[column]) - {""})
+        if unknown := [each for each in wanted if each not in known]:
+            raise InputError(f"data.{name}: {store.root} has no {unknown[0]!r}; it has {', '.join(known)}.")
     rows = rows[rows["cancer"].notna()]
     kept_out = rows["machine_id"].isin(data.holdout_machines) | rows["site_id"].isin(data.holdout_sites)
     training = _limit(rows[(rows["fold"] != fold) & ~kept_out], data.max_images)

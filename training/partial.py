@@ -59,7 +59,7 @@ class Partial:
         self.parts.append(part)
         if self._folder is None:
             return
-        if len(self.parts) == 1:
+        if not self._folder.is_dir():  # the first part, or another call with this submission has ended meanwhile
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / "key", self._key.encode())
         path = self._folder / f"{len(self.parts) - 1:08d}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,8 @@ from training import evaluate, figures, metrics, report_pictures, runs
 from training import report_sections as sections
 from training.config import dump
 from training.runs import Run
+
+log = logging.getLogger(__name__)
 
 MOST_IN_FULL = 4  # runs shown with all their figures; of further ones there is the table that compares them
 
@@ -160,11 +163,16 @@ def _summary(run: Run, result: dict[str, Any] | None) -> str:
 
 def _store(run: Run) -> Store | None:
     """The store that the run was trained on, where it is still there unchanged."""
+    environment = run.folds[0].environment
     try:
-        store = open_store(run.folds[0].environment.get("store", ""))
-        return store if store.fingerprint == run.folds[0].environment.get("store_fingerprint") else None
-    except (StoreError, OSError):
-        return None
+        store = open_store(environment.get("store", ""))
+        if store.fingerprint == environment.get("store_fingerprint"):
+            return store
+        problem = "it has changed since"
+    except (StoreError, OSError) as error:
+        problem = str(error)
+    log.warning("%s: without pictures, for they are in the store that it was trained on: %s", run.root, problem)
+    return None
 
 
 def _data(store: Store | None, frame: pd.DataFrame | None) -> dict[str, Any]:

@@ -5,12 +5,14 @@ docs/architecture.md says what each file is. One fold's part is `RUN/foldK`; a r
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +44,8 @@ VALIDATION_COLUMNS = (
     *("image_id", "patient_id", "laterality", "view", "prediction_id", "cancer", "site_id", "machine_id"),
     *("age", "density", "implant", "fold", "prediction"),
 )
+# What a table says of a picture beside what the model is trained on: it may be corrected later.
+FACTS = ("site_id", "machine_id", "age", "density", "implant")
 _ID_COLUMNS = ("image_id", "patient_id", "laterality", "view", "prediction_id", "site_id", "machine_id", "density")
 
 
@@ -118,6 +122,8 @@ def open_run(root: str | Path) -> Run:
         raise RunError(f"{root}: no run there. Train one with: python cli.py train --out {root}")
     found = {int(m[1]): path for path in root.iterdir() if (m := re.fullmatch(r"fold(\d+)", path.name))}
     folds = tuple(FoldRun(path, fold) for fold, path in sorted(found.items()) if (path / CONFIG).is_file())
+    if not folds and (root / CONFIG).is_file():
+        raise RunError(f"{root}: a single fold; name the run that it is of: {root.parent}")
     if not folds:
         raise RunError(f"{root}: no trained fold there (fold0 and so on). Train one with: train --out {root}")
     return Run(root, folds)
@@ -179,6 +185,32 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     elif "held_out" in environment and environment["held_out"] != held_out_digest(store, environment["fold"]):
         found.append(f"folds: fold {environment['fold']} of {store.root} holds other pictures out than it did")
     return found
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a fold's folder, made if need be, for one training. The lock ends with the process, however that ends; a
+    folder that nothing else came into is gone then.
+
+    Raises:
+        RunError: another training holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"{folder}: another training is writing there. Wait for it to end, or take another --out."
+            ) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if list(folder.iterdir()) == [path]:
+                    path.unlink()
+                    folder.rmdir()
 
 
 def begin(folder: Path, config: Config, environment: dict[str, Any]) -> None:

@@ -124,6 +124,8 @@ class Session:
                 pretrained=saved is None,
             )
             self.at.loss_sum = torch.zeros((), device=device)
+            if self.place.is_main:
+                stack.enter_context(runs.locked(self.folder))
             # Before anything is written: a tracker that is not installed says so.
             monitor = open_monitor(self.folder, config, self.place, saved[1]["step"] if saved else 0)
             self._begin(saved, weights)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing import convert as conversion
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store, write_atomically
 from preprocessing.settings import ConvertSettings
 from training import config as configuration
@@ -26,6 +27,8 @@ from training import fit, folds, predict, report, runs
 from training.config import Config
 from training.console import Console
 from training.monitor import watched
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,15 @@ def run_all(job: Job, console: Console) -> Outcome:
         steps.once(
             f"train fold {fold}", trained, [folder / "validation.csv"], lambda f=fold: _train(job, store, f, console)
         )
+    evaluation.take_facts(runs.open_run(job.run), store)
     evaluated = _digest(trained, *(_file_digest(job.run / f"fold{fold}" / "validation.csv") for fold in numbers))
     metrics = job.run / "metrics.json"
-    steps.once("evaluate", evaluated, [metrics], lambda: _evaluate(job, store))
+    steps.once("evaluate", evaluated, [metrics], lambda: _evaluate(job, store), unchanged=True)
     exit_code, files = 0, {}
     if job.test_table.exists():
         where = (str(job.test_images.resolve()), str(job.submission.resolve()))
         wanted = _digest(evaluated, _file_digest(job.test_table), *where, *_listing(job.test_images))
-        result = steps.once("predict", wanted, [job.submission], lambda: _predict(job, console))
+        result = steps.once("predict", wanted, [job.submission], lambda: _predict(job, console), unchanged=True)
         if result:
             steps.remember("exit code of predict", result.exit_code)
         exit_code = steps.known("exit code of predict")
@@ -122,7 +126,7 @@ def run_all(job: Job, console: Console) -> Outcome:
         "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
     )
     files |= {"report": job.report, "metrics": metrics, "store": job.store, "runs": job.run}
-    headline = evaluation.headline(json.loads(metrics.read_text(encoding="utf-8")))
+    headline = evaluation.headline(runs.read_json(metrics))
     return Outcome(
         headline=[{"": str(converted)}, *headline],
         files=files,
@@ -204,7 +208,12 @@ class Steps:
 
     def __init__(self, stamps: Path, console: Console) -> None:
         self._path, self._console = stamps, console
-        self._stamps: dict[str, Any] = json.loads(stamps.read_text(encoding="utf-8")) if stamps.is_file() else {}
+        self._stamps: dict[str, Any] = {}
+        if stamps.is_file():
+            try:
+                self._stamps = runs.read_json(stamps)
+            except RunError as error:
+                log.warning("%s What it was made from is not known any more.", error)
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
 
@@ -216,13 +225,20 @@ class Steps:
         self.seconds[name] = time.perf_counter() - start
         return result
 
-    def once(self, name: str, stamp: str, outputs: Sequence[Path], action: Callable[[], Any]) -> Any:
-        """The action's result, or None where the step was skipped."""
-        if self.known(name) == stamp and all(path.is_file() for path in outputs):
+    def once(
+        self, name: str, stamp: str, outputs: Sequence[Path], action: Callable[[], Any], unchanged: bool = False
+    ) -> Any:
+        """The action's result, or None where the step was skipped: with `unchanged`, where its outputs are what it had
+        made."""
+        made = f"outputs of {name}"
+        there = self.known(name) == stamp and all(path.is_file() for path in outputs)
+        if there and (not unchanged or self.known(made) == [_file_digest(path) for path in outputs]):
             self.skipped.append(name)
             return None
         result = self.always(name, action)
         self.remember(name, stamp)
+        if unchanged:
+            self.remember(made, [_file_digest(path) for path in outputs])
         return result
 
     def remember(self, name: str, value: Any) -> None:

@@ -70,15 +70,23 @@ def test_rejected_rows_come_back_whatever_their_ids_hold(tmp_path: Path) -> None
     assert open_store(tmp_path).rejected.to_dict("records") == [row]
 
 
-def test_the_fingerprint_follows_ids_labels_and_tiles_alone(tmp_path: Path) -> None:
+def test_the_fingerprint_follows_what_training_sees(tmp_path: Path) -> None:
     rows = [{"image_id": "1", "cancer": 1, "crc32_full": 5, "crc32_512": 6, "site_id": "a"}]
     prints = []
-    for change in ({}, {"site_id": "b"}, {"cancer": 0}, {"crc32_512": 7}, {"image_id": "2"}):
+    seen = ({"cancer": 0}, {"crc32_512": 7}, {"image_id": "2"}, {"laterality": "R"}, {"patient_id": "p"})
+    for change in ({}, {"site_id": "b"}, *seen):
         write_head(tmp_path, ConvertSettings(levels=LEVELS))
         write_manifest(tmp_path, [rows[0] | change], LEVELS, {})
         prints.append(open_store(tmp_path).fingerprint)
     assert prints[0] == prints[1]
-    assert len(set(prints)) == 4
+    assert len(set(prints)) == 1 + len(seen)
+
+
+def test_a_list_of_rejected_inputs_that_is_gone_says_what_makes_it_anew(tmp_path: Path) -> None:
+    store(tmp_path)
+    (tmp_path / "rejected.csv").unlink(missing_ok=True)
+    with pytest.raises(StoreError, match=r"rejected\.csv: not there\. Run the same convert again"):
+        _ = open_store(tmp_path).rejected
 
 
 @pytest.mark.parametrize(

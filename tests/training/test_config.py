@@ -66,6 +66,12 @@ def test_the_presets_of_the_mission_are_there():
     assert {"default", "small-cpu", "demo", "high-resolution", "rsna-subset"} <= set(presets())
 
 
+def test_a_file_that_is_not_utf8_is_no_yaml(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("train:".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not UTF-8, so no YAML file\."):
+        load_config(tmp_path / "mine.yaml")
+
+
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train:\n  lr: 0.01\n  epochs: 7\n")
@@ -106,6 +112,9 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
         ("pipeline.fixed_low=5000", r"fixed_high \(4095\.0\) must be above fixed_low \(5000"),
         ("model.weights=file", "weights_file"),
         ("data.folds=two", r"data\.folds = 'two'"),
+        ("train.covariates=age", r"train\.covariates = 'age': expected a list, such as \[age\]"),
+        ("train.covariates=[height]", r"^--set: train\.covariates\.0 = 'height'"),
+        ("data.seed=18446744073709551616", r"data\.seed = 18446744073709551616: input should be less than"),
         ("train.lr", "expected NAME=VALUE"),
         ("=3", "expected NAME=VALUE"),
     ],

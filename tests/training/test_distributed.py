@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from preprocessing.errors import ConfigError
 from tests.training import fakes
 from training import checkpoint, runs
 from training.distributed import World, world
@@ -177,3 +178,11 @@ def test_one_process_alone_exchanges_nothing(monkeypatch):
         assert place.gather("x") == ["x"]
         place.barrier()
         assert not torch.distributed.is_initialized()
+
+
+def test_an_environment_left_over_from_torchrun_is_named(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2 in the environment, but MASTER_ADDR is not"), world():
+        pass

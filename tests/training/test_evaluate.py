@@ -151,6 +151,32 @@ def test_another_store_is_refused(tmp_path):
     evaluate.evaluate(run, store, resamples=20)
 
 
+def test_a_table_that_was_corrected_after_training_is_what_counts(tmp_path):
+    """Age and the like: the model has not seen them. Nothing else of the predictions changes by a byte."""
+    frame = _frame()
+    store = fakes.make_store(tmp_path / "store", frame.drop(columns=["prediction", "fold"]))
+    run = _write_run(tmp_path / "run", frame.assign(age=np.nan, site_id="NA"), fingerprint=store.fingerprint)
+    before = pd.read_csv(run / "fold1" / runs.VALIDATION, dtype=str, keep_default_na=False)
+    with pytest.raises(RunError, match="age is unknown for all pictures"):
+        evaluate.evaluate(run, resamples=20, names=["age"])
+    found = evaluate.evaluate(run, store, resamples=20, names=["age"])
+    assert found["covariates"] == ["age"]
+    after = pd.read_csv(run / "fold1" / runs.VALIDATION, dtype=str, keep_default_na=False)
+    assert (after["age"].astype(float).to_numpy() == frame.loc[frame["fold"] == 1, "age"]).all()
+    assert set(after["site_id"]) == {"1", "2"}
+    rest = [name for name in before if name not in ("age", "site_id")]
+    assert after[rest].equals(before[rest])
+    written = (run / "fold1" / runs.VALIDATION).stat().st_mtime_ns
+    evaluate.evaluate(run, store, resamples=20)
+    assert (run / "fold1" / runs.VALIDATION).stat().st_mtime_ns == written
+
+
+def test_a_fold_is_told_from_a_run(tmp_path):
+    run = _write_run(tmp_path / "run", _frame())
+    with pytest.raises(RunError, match=rf"a single fold; name the run that it is of: {run}$"):
+        evaluate.evaluate(run / "fold0")
+
+
 def test_a_picture_held_out_twice_is_refused(tmp_path):
     frame = _frame()
     doubled = pd.concat([frame, frame[frame["fold"] == 0].assign(fold=7)])

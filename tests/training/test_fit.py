@@ -296,6 +296,25 @@ def test_unlabelled_pictures_are_neither_trained_on_nor_validated(tmp_path):
     assert len(training) + len(held_out) == rows["cancer"].notna().sum()
 
 
+@pytest.mark.parametrize(("name", "there"), [("machines", "29, 48, 49"), ("sites", "1, 2")])
+def test_what_is_to_be_held_out_must_be_there(store, name, there):
+    data = load_config(None, ("data.folds=2", f"data.holdout_{name}=[49, 1, Hologic]")).data
+    known = {"machines": 49, "sites": 1}[name]
+    assert str(known) in getattr(data, f"holdout_{name}")  # numbers need no quotes
+    with pytest.raises(InputError, match=rf"data\.holdout_{name}: .* has no '.*'; it has {there}\."):
+        fit.split(store, data, 0)
+
+
+def test_two_trainings_into_one_folder_do_not_mix(store, tmp_path):
+    folder = tmp_path / "run" / "fold0"
+    with runs.locked(folder):
+        with pytest.raises(RunError, match=r"fold0: another training is writing there\."):
+            fit.fit(fakes.small_config("train.epochs=1"), store, 0, tmp_path / "run")
+        assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+    assert not folder.exists()
+    fit.fit(fakes.small_config("train.epochs=1"), store, 0, tmp_path / "run")
+
+
 def test_all_folds_and_resuming_passes_over_finished_ones(store, tmp_path):
     config = fakes.small_config("train.epochs=1")
     first = [fit.fit(config, store, fold, tmp_path / "run") for fold in (0, 1)]

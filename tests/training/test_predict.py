@@ -429,6 +429,9 @@ def test_parts_of_another_prediction_are_not_taken_up(tmp_path: Path):
     assert again.position == 4
     assert again.parts[0].by_run[0][0] == 0.1 + 0.2
     assert np.isnan(again.parts[0].by_run[0][1])
+    again.clear()  # by another call with the same submission
+    kept.add(Part(9, [], [], []))
+    assert Partial(tmp_path / "s.csv", "one key").parts == []  # its first part is gone
     assert Partial(tmp_path / "s.csv", "another key").parts == []
     assert not list(tmp_path.iterdir())
 

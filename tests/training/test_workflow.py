@@ -26,6 +26,32 @@ def test_folds_that_another_run_made_are_kept_and_its_own_are_made_anew(tmp_path
     assert _split(store, tmp_path / "a", 4) == 4
 
 
+def test_a_step_is_done_again_where_its_output_is_anothers(tmp_path):
+    out, done = tmp_path / "submission.csv", []
+
+    def action():
+        done.append(1)
+        out.write_text("ours")
+
+    def once():
+        with Console(quiet=True) as console:
+            Steps(tmp_path / "workflow.json", console).once("predict", "stamp", [out], action, unchanged=True)
+
+    once()
+    once()
+    assert len(done) == 1
+    out.write_text("theirs")
+    once()
+    assert (len(done), out.read_text()) == (2, "ours")
+
+
+def test_a_damaged_record_of_steps_costs_only_doing_them_again(tmp_path, caplog):
+    (tmp_path / "workflow.json").write_text("{")
+    with Console(quiet=True) as console:
+        assert Steps(tmp_path / "workflow.json", console).known("predict") is None
+    assert "workflow.json: not readable as JSON" in caplog.text
+
+
 def test_folds_of_others_that_lack_pictures_are_left_to_the_user(tmp_path):
     store = fakes.make_store(tmp_path / "store")
     folds.make_folds(store, fakes.small_config().data)

@@ -1,6 +1,7 @@
 """Training's speed with the real loader against tensors that already lie on the device.
 
     python benchmarks/train_speed.py [--store STORE] [--model A,B] [--size N,M] [--precision fp32,bf16] [--json FILE]
+    python benchmarks/train_speed.py --vary data.loader.batch_size=32,128 --vary train.cudnn_benchmark=true,false
 
 Both run through the training loop itself, in turns (so that other load on the machine meets both), and medians are
 shown. "share" is the loader's rate over the tensors': 1 means that training never waits. Without a store, a synthetic
@@ -50,8 +51,7 @@ class Case:
     model: str
     size: int
     precision: str
-    compile: bool
-    channels_last: bool
+    varied: tuple[str, ...]  # `a.b=c` each
 
     def config(self, batch: int, device: str, more: tuple[str, ...]) -> Config:
         """The whole tree with this case's values."""
@@ -63,12 +63,11 @@ class Case:
                 f"pipeline.height={self.size}",
                 f"pipeline.width={self.size}",
                 f"train.precision={self.precision}",
-                f"model.compile={self.compile}",
-                f"model.channels_last={self.channels_last}",
                 f"data.loader.batch_size={batch}",
                 "data.loader.epoch_samples=65536",  # nothing is prepared across the end of an epoch
                 f"train.device={device}",
                 *more,
+                *self.varied,
             ),
         )
 
@@ -76,7 +75,8 @@ class Case:
 def measure(
     store: Store, case: Case, config: Config, steps: int, repeats: int, kept: Callable[..., None]
 ) -> dict[str, Any]:
-    """One row: images/s from tensors and from the loader, the share of one over the other, waiting, peak memory.
+    """One row: images/s from tensors and from the loader, the share of one over the other, waiting, the GPU's
+    utilisation with both, peak memory.
 
     `kept` is told the seconds of each repeat.
     """
@@ -95,31 +95,40 @@ def measure(
         sources = itertools.repeat(fixed), stream  # compile, choose kernels, fill caches
         first_steps = [_timed(parts, itertools.islice(source, 2), 2, monitor) for source in sources]
         kept(first_steps_s=first_steps)
-        tensors, loaded, waited, busy = [], [], [], []
+        tensors, loaded, waited, busy, busy_alone = [], [], [], [], []
         for _ in range(repeats):
-            tensors.append(_timed(parts, itertools.repeat(fixed, steps), steps, monitor))
+            seconds, used = _watched(parts, itertools.repeat(fixed, steps), steps, monitor)
+            tensors.append(seconds)
+            busy_alone.append(used)
             before = loader.wait_s
-            with TrainingMonitor(None, WATCH) as watch:
-                loaded.append(_timed(parts, itertools.islice(stream, steps), steps, monitor))
-            busy.append(watch.summary().get("gpu0.utilisation_mean", math.nan))
+            seconds, used = _watched(parts, itertools.islice(stream, steps), steps, monitor)
+            loaded.append(seconds)
+            busy.append(used)
             waited.append((loader.wait_s - before) / loaded[-1])
-            kept(images=steps * batch_size, tensors_s=tensors, loader_s=loaded, gpu_utilisation=busy)
+            utilisation = {"gpu_utilisation": busy, "gpu_utilisation_tensors": busy_alone}
+            kept(images=steps * batch_size, tensors_s=tensors, loader_s=loaded, **utilisation)
         advice = monitor.summary()["advice"]
     tensor_rate, loader_rate = (steps * batch_size / statistics.median(seconds) for seconds in (tensors, loaded))
     return {
-        "name": f"{case.model} {case.size} {case.precision}"
-        + (" compiled" if case.compile else "")
-        + ("" if case.channels_last else " channels-first"),
+        "name": " ".join([case.model, str(case.size), case.precision, *(v.rpartition(".")[2] for v in case.varied)]),
         "images_per_s": loader_rate,
         "tensor_images_per_s": tensor_rate,
         "share": statistics.median(t / s for t, s in zip(tensors, loaded, strict=True)),
         "wait_share": statistics.median(waited),
         "gpu_utilisation": statistics.median(busy),
+        "gpu_utilisation_tensors": statistics.median(busy_alone),
         "peak_memory_mb": _peak(device) / 2**20,
         "batch_size": batch_size,
         "first_steps_s": first_steps,
         "advice": advice,
     }
+
+
+def _watched(parts: Parts, batches: Iterable[Batch], steps: int, monitor: Any) -> tuple[float, float]:
+    """Seconds, and the GPU's utilisation meanwhile in per cent, NaN without one."""
+    with TrainingMonitor(None, WATCH) as watch:
+        seconds = _timed(parts, batches, steps, monitor)
+    return seconds, watch.summary().get("gpu0.utilisation_mean", math.nan)
 
 
 def _timed(parts: Parts, batches: Iterable[Batch], steps: int, monitor: Any) -> float:
@@ -172,8 +181,13 @@ def _split(text: str) -> list[str]:
 @click.option("--model", "models", default="tf_efficientnet_lite0", show_default=True, help="Models, with commas.")
 @click.option("--size", "sizes", default="320", show_default=True, help="Sizes in pixels, with commas.")
 @click.option("--precision", default="auto", show_default=True, help="fp32, bf16, fp16 or auto, with commas.")
-@click.option("--compile", "compiled", is_flag=True, help="Measure torch.compile too.")
-@click.option("--channels-first", is_flag=True, help="Measure the channels-first layout too.")
+@click.option(
+    "--vary",
+    "varied",
+    multiple=True,
+    metavar="A.B=C,D",
+    help="Measure each value of a setting, such as model.compile=false,true; repeatable, for all combinations.",
+)
 @click.option("--batch-size", type=int, default=8, show_default=True)
 @click.option("--steps", type=int, default=6, show_default=True, help="Steps a repeat.")
 @click.option("--repeats", type=int, default=3, show_default=True)
@@ -185,8 +199,7 @@ def main(
     models: str,
     sizes: str,
     precision: str,
-    compiled: bool,
-    channels_first: bool,
+    varied: tuple[str, ...],
     batch_size: int,
     steps: int,
     repeats: int,
@@ -195,11 +208,11 @@ def main(
     out: Path | None,
 ) -> None:
     """Measure and print a table."""
+    ways = [[f"{name}={value}" for value in _split(values)] for name, _, values in (v.partition("=") for v in varied)]
     cases = [
-        Case(model, int(size), kind, use_compile, layout)
+        Case(model, int(size), kind, settings)
         for model, size, kind in itertools.product(_split(models), _split(sizes), _split(precision))
-        for use_compile in ([False, True] if compiled else [False])
-        for layout in ([True, False] if channels_first else [True])
+        for settings in itertools.product(*ways)
     ]
     device = "auto" if device == "gpu" else device
     rows, kept = [], Figures(out)
@@ -210,13 +223,22 @@ def main(
             with training_advice(config):
                 so_far = partial(kept.so_far, rows=rows, case=str(case))
                 rows.append(measure(opened, case, config, steps, repeats, so_far))
-        console.table("Training speed", [_shown(row) for row in rows])
+            torch.compiler.reset()
+        # What all cases share is said once.
+        words = [row["name"].split() for row in rows]
+        shared = [word for word in words[0] if len(rows) > 1 and all(word in each for each in words)]
+        names = [" ".join(word for word in each if word not in shared) for each in words]
+        console.table(
+            " ".join(["Training speed", *shared]),
+            [_shown(row) | {"case": name} for row, name in zip(rows, names, strict=True)],
+        )
     where = machine(pick_device(device))
     ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows}
     kept.final({"machine": where, "rows": rows, "ratios": ratios})
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
+    busy = {"GPU busy": row["gpu_utilisation"], "alone": row["gpu_utilisation_tensors"]}
     return {
         "case": row["name"],
         "images/s": f"{row['images_per_s']:.1f}",
@@ -224,8 +246,8 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "share": f"{row['share']:.1%}",
         "waiting": f"{row['wait_share']:.1%}",
         "first steps, s": f"{sum(row['first_steps_s']):.1f}",
-        "GPU busy": "" if math.isnan(row["gpu_utilisation"]) else f"{row['gpu_utilisation']:.0f} %",
-        "memory, MiB": f"{row['peak_memory_mb']:.0f}",
+        **{name: f"{percent:.0f} %" for name, percent in busy.items() if not math.isnan(percent)},
+        "MiB": f"{row['peak_memory_mb']:.0f}",
     }
 
 

@@ -71,7 +71,7 @@ def build_parts(
     model = model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     require_sizes(model, config.pipeline.channels, _sizes(config))
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # every batch has one shape
+        torch.backends.cudnn.benchmark = train.cudnn_benchmark  # every batch has one shape
     module: nn.Module = EveryHead(model)
     if config.model.compile:
         # Training pictures have one size, with progressive resizing one after another: each is compiled by itself. For

@@ -32,6 +32,7 @@ FREE = (
     "model.compile",
     "model.compile_mode",
     "model.gradient_checkpointing",
+    "train.cudnn_benchmark",
     "train.covariates",  # fitted after training
     "data.loader.threads",
     "data.loader.prefetch",

@@ -102,6 +102,11 @@ class TrainSettings(_Settings):
         default="auto",
         description="Autocast type; 'auto' is bf16 on a GPU that has it, else fp16 there, and fp32 on a CPU.",
     )
+    cudnn_benchmark: bool = Field(
+        default=True,
+        description="On a GPU, cuDNN measures which kernels are fastest before the first step of each size: half a "
+        "minute for a large model, worth it for a long run.",
+    )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 is off.")
     accumulate: int = Field(default=1, ge=1, description="Steps whose gradients are added up.")
     ema_decay: float = Field(
@@ -114,9 +119,7 @@ class TrainSettings(_Settings):
     checkpoint_steps: int | None = Field(
         default=None, ge=1, description="Optimiser steps between checkpoints inside an epoch, beside the minutes."
     )
-    auto_batch: bool = Field(
-        default=False, description="Find the largest batch that fits before training (--batch-size auto)."
-    )
+    auto_batch: bool = Field(default=False, description="Find the largest batch that fits before training.")
     sync_batchnorm: bool = Field(default=True, description="With several GPUs, share batch statistics between them.")
     metric: Literal["auroc", "pf1", "pf1_best", "average_precision", "log_loss"] = Field(
         default="auroc", description="Validation metric, per breast, by which the best model is kept."
@@ -175,6 +178,7 @@ DEBUG_OVERRIDES: dict[str, Any] = {
     "data.max_images": 48,
     "train.epochs": 2,
     "train.max_steps": 4,
+    "train.cudnn_benchmark": False,
     "data.loader.batch_size": 4,
     "data.loader.val_batch_size": 4,
 }

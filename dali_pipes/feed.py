@@ -35,11 +35,13 @@ class Uses:
     Attributes:
         odd_windows: some are windowed by table or by sigmoid.
         regions: the graph decodes the part of a level that a patch shows.
+        mirroring: CLAHE's tiles are made whole by the graph, which decodes; else the source has made them so.
         tone, grid, blur, sharpen, noise, holes: some are changed by them.
     """
 
     odd_windows: bool = True
     regions: bool = False
+    mirroring: bool = True
     tone: bool = True
     grid: bool = True
     blur: bool = True
@@ -60,10 +62,13 @@ class Uses:
         odd = pipeline.window == "manifest" and any(map(has_odd_windows, rows))
         regions = encoded and pipeline.patch_level is not None
         if augment is None:
-            return cls(odd, regions, tone=False, grid=False, blur=False, sharpen=False, noise=False, holes=False)
+            return cls(
+                odd, regions, encoded, tone=False, grid=False, blur=False, sharpen=False, noise=False, holes=False
+            )
         return cls(
             odd,
             regions,
+            encoded,
             tone=augment.tone > 0,
             grid=augment.grid > 0,
             blur=augment.blur > 0,

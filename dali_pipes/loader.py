@@ -187,7 +187,8 @@ class Loader:
             place = str(self._device) if on_device else "cpu"
             self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
         encoded = on_gpu and self._cache is None and self._arrays is None
-        self._source = self._open_source(self._arrays, self._cache, self._upload if on_device else None, encoded)
+        upload = self._upload if on_device else None
+        self._source = self._open_source(self._arrays, self._cache, upload, encoded, whole=on_gpu and not encoded)
         size, count = self._plan.batch_size, _GRAPHS[self._device.type]
         amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
         if on_gpu:

@@ -19,6 +19,7 @@ from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from dali_pipes.feed import Uses, to_bytes
 from dali_pipes.settings import PipelineSettings
+from dali_pipes.source import mirrored_places
 from dali_pipes.steps import SHARPEN_SIGMA, noise_bank
 
 Fed = Mapping[str, Any]  # the graph's inputs by the names of `feed.columns`, on the host
@@ -46,7 +47,8 @@ def all_steps(tile: Any, fed: Fed, uses: Uses, settings: PipelineSettings, devic
     else:
         picture = math.clamp(ramp(values, fed, DALIDataType.FLOAT), 0.0, 1.0)
     if settings.clahe.enabled:
-        picture = clahe(picture if to_bytes(uses, settings) else as_bytes(picture), fed, settings, device)
+        levels = picture if to_bytes(uses, settings) else as_bytes(picture)
+        picture = clahe(levels, fed, settings, device, uses.mirroring)
     if uses.tone:
         picture = tone(picture, fed, device)
     picture = fn.gaussian_blur(picture, sigma=fed["antialias"], window_size=fed["antialias_window"])
@@ -121,14 +123,15 @@ def look_up(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 @do_not_convert
-def clahe(levels: Any, fed: Fed, settings: PipelineSettings, device: str) -> Any:
+def clahe(levels: Any, fed: Fed, settings: PipelineSettings, device: str, mirroring: bool) -> Any:
     """Contrast-limited adaptive histogram equalisation of bytes, to [0, 1].
 
     OpenCV mirrors below and to the right what is missing to whole tiles; DALI's operator for the GPU cuts the last
-    tiles short. It is given pictures that are mirrored already, and then gives OpenCV's result.
+    tiles short. It is given pictures that are mirrored already, here (`mirroring`) or by the source, and then gives
+    OpenCV's result.
     """
     side = settings.clahe.grid
-    whole = in_torch(_whole_tiles(side), levels, device=device)
+    whole = in_torch(_whole_tiles(side), levels, device=device) if mirroring else levels
     equalised = fn.clahe(whole, tiles_x=side, tiles_y=side, clip_limit=settings.clahe.clip_limit)
     cut: Any = fn.slice(equalised, start=[0, 0], shape=fed["size"], axes=(0, 1))
     return cut * (1 / 255)
@@ -138,12 +141,10 @@ def clahe(levels: Any, fed: Fed, settings: PipelineSettings, device: str) -> Any
 def _whole_tiles(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
     @cache
     def places(length: int, device: torch.device) -> torch.Tensor:
-        mode: Any = "reflect" if length > 1 else "edge"
-        return torch.from_numpy(np.pad(np.arange(length), (0, side - length % side), mode)).to(device)
+        return torch.from_numpy(mirrored_places(length, side)).to(device)
 
     def mirrored(levels: torch.Tensor) -> torch.Tensor:
-        """[h, w, 1] with sides that `side` divides, mirrored about the last row and column, as OpenCV's CLAHE does: by
-        a whole `side` more along one axis where the other alone is short."""
+        """`source.whole_tiles`, by kernels that wait for nothing."""
         height, width, _ = levels.shape
         if height % side == width % side == 0:
             return levels.clone()  # a result must not lie where DALI's own input does

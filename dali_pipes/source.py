@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ class Source:
         cache: keeps decoded levels.
         place: makes of an array what the graph is fed with and the cache holds: it may upload it.
         encoded: samples hold tile files, for a graph that decodes; without it they are decoded here.
+        whole: levels, or the regions of them that are seen, are mirrored to whole tiles of CLAHE (`whole_tiles`), for a
+            graph that leaves that out.
     """
 
     def __init__(
@@ -103,10 +106,12 @@ class Source:
         cache: LevelCache | None = None,
         place: Callable[[NDArray[np.uint16]], Any] | None = None,
         encoded: bool = False,
+        whole: bool = False,
     ) -> None:
         self._root, self._levels, self._pipeline = store.root, store.levels, pipeline
         self._arrays, self._cache, self._place, self._encoded = arrays, cache, place or _as_it_is, encoded
-        black = PLACEHOLDER if encoded else self._place(np.zeros((16, 16, 1), np.uint16))
+        self._tiles = pipeline.clahe.grid if whole and pipeline.clahe.enabled else 0
+        black = PLACEHOLDER if encoded else self._place(whole_tiles(np.zeros((16, 16, 1), np.uint16), self._tiles))
         self._placeholder = _placeholder(black, pipeline.augment.grid_steps + 1)
         self._rows: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
 
@@ -159,12 +164,15 @@ class Source:
         if self._encoded:
             return np.frombuffer(self._file(row, level), np.uint8)
         if self._arrays is not None:
-            return _cut(self._place(np.ascontiguousarray(self._arrays(row, level))[..., None]), region)
+            level_seen = _cut(np.ascontiguousarray(self._arrays(row, level))[..., None], region)
+            return self._place(whole_tiles(level_seen, self._tiles))
         if self._cache is None:
-            return self._place(self._decoded(row, level, region))
-        facts = self._rows[row]
-        key = (str(self._root), facts[level_column("path", level)], facts[level_column("crc32", level)])
-        return _cut(self._cache.get(key, lambda: self._place(self._decoded(row, level))), region)
+            return self._place(whole_tiles(self._decoded(row, level, region), self._tiles))
+        facts, cut = self._rows[row], self._pipeline.patch_level is not None
+        kept = 0 if cut else self._tiles  # mirrored once where all of a level is always seen
+        key = (str(self._root), facts[level_column("path", level)], facts[level_column("crc32", level)], kept)
+        found = self._cache.get(key, lambda: self._place(whole_tiles(self._decoded(row, level), kept)))
+        return whole_tiles(_cut(found, region), self._tiles) if cut else found
 
     def _decoded(self, row: int, level: str, region: Region | None = None) -> NDArray[np.uint16]:
         """A level's file, or a region of it, uint16 [rows, columns, 1]."""
@@ -222,6 +230,31 @@ def _cut(picture: Any, region: Region) -> Any:
     top, left, rows, columns = region
     seen = picture[top : top + rows, left : left + columns]
     return np.ascontiguousarray(seen) if isinstance(seen, np.ndarray) else seen.contiguous()
+
+
+def whole_tiles(picture: Any, tiles: int) -> Any:
+    """A picture mirrored about its last row and column to sides that `tiles` divides, as OpenCV's CLAHE does it itself:
+    by a whole `tiles` more along one axis where the other alone is short.
+
+    Args:
+        picture: [rows, columns, 1], an array or a tensor; where nothing is to be added it is itself.
+        tiles: along each side; 0 for none.
+    """
+    rows, columns = picture.shape[:2]
+    if not tiles or rows % tiles == columns % tiles == 0:
+        return picture
+    down, across = mirrored_places(rows, tiles), mirrored_places(columns, tiles)
+    if isinstance(picture, np.ndarray):
+        return picture.take(down, 0).take(across, 1)
+    return picture[down][:, across].contiguous()
+
+
+@lru_cache(4096)
+def mirrored_places(length: int, tiles: int) -> NDArray[np.int64]:
+    """Where each place of a side looks that has been mirrored about its last one to a length that `tiles` divides,
+    int64."""
+    mode: Any = "reflect" if length > 1 else "edge"
+    return np.pad(np.arange(length), (0, tiles - length % tiles), mode)
 
 
 def require_patch_level(store: Store, pipeline: PipelineSettings) -> None:

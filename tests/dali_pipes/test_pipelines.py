@@ -11,13 +11,14 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
+from dali_pipes.cache import LevelCache
 from dali_pipes.feed import Uses, feed
 from dali_pipes.loader import Loader
 from dali_pipes.operators import _whole_tiles
 from dali_pipes.pipelines import halves, host_pipeline, operator_pipeline
 from dali_pipes.plan import Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
-from dali_pipes.source import Source
+from dali_pipes.source import Source, whole_tiles
 from tests.dali_pipes.stores import make_store
 
 CHANGES = ("hflip", "vflip", "affine", "window", "tone", "noise", "blur", "sharpen", "grid", "dropout", "grid_dropout")
@@ -58,7 +59,7 @@ def pictures(store, settings, device):
     return (found * settings.std + settings.mean) * 255
 
 
-def on_operators(store, settings, encoded, train=True):
+def on_operators(store, settings, encoded, train=True, cache=None):
     """What `Loader` gives, from the graph of operators on DALI's CPU backend: two batches."""
     plan = Plan(
         store.manifest["cancer"].to_numpy(np.float32),
@@ -68,7 +69,8 @@ def on_operators(store, settings, encoded, train=True):
         augment=settings.augment,
     )
     uses = Uses.of(store.manifest.to_dict("records"), settings, plan.augment, encoded)
-    source, order = Source(store, store.manifest, settings, encoded=encoded), plan.order(1)
+    source = Source(store, store.manifest, settings, cache=cache, encoded=encoded, whole=not encoded)
+    order = plan.order(1)
     fed = []
     for step in range(2):
         samples = [source.sample(int(order[place]), plan.sample(1, int(place)))[0] for place in plan.places(step)]
@@ -108,7 +110,7 @@ def test_a_graph_without_the_steps_that_no_sample_takes_gives_what_one_with_all_
 def test_what_no_sample_takes_is_known_from_the_settings_and_the_files():
     ramp, sigmoid = {"voi_lut": [], "window_function": ["LINEAR"]}, {"voi_lut": [], "window_function": ["SIGMOID"]}
     table = {"voi_lut": [0, 1], "window_function": []}
-    none = Uses(False, False, *[False] * 6)
+    none = Uses(False, False, True, *[False] * 6)
     assert Uses.of([ramp], SMALL, None, encoded=True) == none
     for odd in (sigmoid, table):
         assert Uses.of([ramp, odd], SMALL, None, encoded=True).odd_windows
@@ -127,6 +129,7 @@ def test_the_graphs_own_decoders_give_the_bits_of_the_hosts(tmp_path, codec):
     for settings in (SMALL, SMALL.model_copy(update={"patch_level": "full"})):
         encoded, decoded = (on_operators(store, settings, encoded, train=False) for encoded in (True, False))
         assert torch.equal(encoded, decoded)
+        assert torch.equal(on_operators(store, settings, False, train=False, cache=LevelCache(1 << 20)), decoded)
         assert encoded.std(dim=(1, 2, 3)).min() > 0.1
 
 
@@ -164,6 +167,8 @@ def test_dali_takes_the_two_halves():
 def test_mirrored_to_whole_tiles_clahe_gives_what_opencv_gives_on_the_picture_itself(shape):
     levels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     whole = _whole_tiles(8)(torch.from_numpy(levels)[..., None]).numpy()[..., 0]
+    for picture in (levels[..., None], torch.from_numpy(levels)[..., None]):
+        assert np.array_equal(np.asarray(whole_tiles(picture, 8))[..., 0], whole)
     assert not any(side % 8 for side in whole.shape)
     equaliser = cv2.createCLAHE(2.0, (8, 8))
     assert np.array_equal(equaliser.apply(whole)[: shape[0], : shape[1]], equaliser.apply(levels))

@@ -32,7 +32,7 @@ def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.floa
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights > 0)))
     if len(bad):
         raise InputError(
-            f"data.loader.weight_column = {column}: expected numbers above 0, found {rows[column].iloc[bad[0]]!r} for "
+            f"data.loader.weight_column = {column}: expected numbers above 0, found {rows[column].tolist()[bad[0]]!r} for "
             f"image {rows['image_id'].iloc[bad[0]]}. Mend the CSV and convert again."
         )
     return weights
@@ -57,6 +57,6 @@ def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_]
     if "image_id" not in listed:
         raise InputError(f"{path}: expected a column image_id, found {', '.join(map(str, listed.columns))}.")
     hard = rows["image_id"].isin(set(listed["image_id"])).to_numpy()
-    if not hard.any():
-        log.warning("%s: none of its %d image_ids is among the pictures that are trained on.", path, len(listed))
+    if not (hard & (rows["cancer"] != 1).to_numpy()).any():
+        log.warning("%s: none of its %d image_ids is of a negative picture that is trained on.", path, len(listed))
     return hard

@@ -22,6 +22,7 @@ from training.runs import Run
 
 log = logging.getLogger(__name__)
 
+_MOST_BARS = 24
 MOST_IN_FULL = 4  # runs shown with all their figures; of further ones there is the table that compares them
 
 
@@ -209,8 +210,11 @@ def _balance(rows: pd.DataFrame, column: str, title: str) -> str:
     values = rows[column].fillna("unknown").astype(str).replace({"": "unknown"}).str.removesuffix(".0")
     counts = pd.crosstab(values, rows["cancer"].map({0.0: "without cancer", 1.0: "with cancer"}))
     counts = counts.reindex(columns=["without cancer", "with cancer"], fill_value=0)
+    if len(counts) > _MOST_BARS:
+        title += f", the {_MOST_BARS} largest of {len(counts)}"
+        counts = counts.loc[counts.sum(axis=1).nlargest(_MOST_BARS).index.sort_values()]
     bars = {str(name): {str(k): float(v) for k, v in part.items()} for name, part in counts.iterrows()}
-    return figures.stacked_bars(title, dict(list(bars.items())[:24]), "pictures")
+    return figures.stacked_bars(title, bars, "pictures")
 
 
 def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dali_pipes.sampling import hard_rows, row_weights
 from dali_pipes.settings import LoaderSettings
 from preprocessing.errors import InputError
 
-ROWS = pd.DataFrame({"image_id": ["a", "b", "c", "d"], "w": [1.0, 2.0, 3.0, 4.0]})
+ROWS = pd.DataFrame({"image_id": ["a", "b", "c", "d"], "w": [1.0, 2.0, 3.0, 4.0], "cancer": [1.0, 0, 0, 0]})
 LABELS = np.array([1.0] * 20 + [0.0] * 980)
 
 
@@ -63,9 +63,11 @@ def test_the_list_of_hard_negatives_is_a_csv_of_image_ids(tmp_path, caplog):
     path.write_text("image_id\nb\nz\n")
     assert hard_rows(ROWS, settings).tolist() == [False, True, False, False]
     assert not caplog.text
-    path.write_text("image_id\ny\nz\n")
-    assert not hard_rows(ROWS, settings).any()
-    assert "none of its 2 image_ids" in caplog.text
+    for listed in ("y\nz", "a\nz"):  # unknown; a positive
+        caplog.clear()
+        path.write_text(f"image_id\n{listed}\n")
+        hard_rows(ROWS, settings)
+        assert "none of its 2 image_ids is of a negative picture" in caplog.text
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])

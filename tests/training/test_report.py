@@ -312,6 +312,14 @@ def test_cancers_are_missed_where_their_breast_is_below_the_threshold(monkeypatc
     assert shown(0.1) == {"found": ["a", "c", "d", "b"], "pictures": ["e"]}
 
 
+def test_of_many_groups_the_largest_are_drawn_and_the_title_says_so():
+    sizes = {f"m{number:02d}": number + 1 for number in range(30)}
+    rows = pd.DataFrame({"machine_id": [name for name, size in sizes.items() for _ in range(size)], "cancer": 0.0})
+    drawn = report._balance(rows, "machine_id", "Classes by machine")
+    assert "Classes by machine, the 24 largest of 30" in drawn
+    assert "largest" not in report._balance(rows[rows["machine_id"] > "m10"], "machine_id", "Classes by machine")
+
+
 def test_a_picture_and_its_overlay_are_cut_to_the_breast_with_a_gap_between():
     pair = np.zeros((100, 120, 3), np.uint8)
     pair[20:60, 10:30], pair[20:60, 70:90] = 200, 250  # the breast, and the breast under its map

@@ -31,8 +31,9 @@ def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.floa
     weights = pd.to_numeric(rows[column], errors="coerce").to_numpy(np.float64)
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights > 0)))
     if len(bad):
+        found = rows[column].tolist()[bad[0]]
         raise InputError(
-            f"data.loader.weight_column = {column}: expected numbers above 0, found {rows[column].tolist()[bad[0]]!r} for "
+            f"data.loader.weight_column = {column}: expected numbers above 0, found {found!r} for "
             f"image {rows['image_id'].iloc[bad[0]]}. Mend the CSV and convert again."
         )
     return weights

@@ -239,6 +239,17 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a name that stands twice in a mapping, of which YAML's own loader keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key, _), name in zip(node.value, names, strict=True):
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{name} stands there twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if not path.suffix and str(source) in presets():
@@ -251,7 +262,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     else:
         raise ConfigError(f"--config {source}: no such file, nor a preset; the presets are {', '.join(presets())}.")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _OnceEach)
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {source}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:

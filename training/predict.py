@@ -11,6 +11,7 @@ else on the share of cancers in training, and is listed. Files written, each ato
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from training.intake import Chunk, from_store, narrowed, stream
 from training.partial import Part, Partial
 from training.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
 from training.timing import Untimed, timed
+
+log = logging.getLogger(__name__)
 
 IMAGES = "predictions_images.csv"
 PROBLEMS = "predictions_problems.csv"
@@ -182,8 +185,13 @@ def predict(
     if explain is not None:
         after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
     advice = prediction_advice(ensemble.largest_batch, ensemble.longest_side)
-    with advice, chunks as taken:
-        results = _run(ensemble, taken, kept, len(asked), (tta, all_windows), progress, after, monitor or Untimed())
+    try:
+        with advice, chunks as taken:
+            results = _run(ensemble, taken, kept, len(asked), (tta, all_windows), progress, after, monitor or Untimed())
+    except (KeyboardInterrupt, SystemExit):
+        if store is None and kept.position:
+            log.warning("Stopped after %d pictures; the same command goes on from there.", kept.position)
+        raise
     written = compose(ensemble, judge(asked, results, store is not None), results, binary)
     runs.write_table(out.parent / IMAGES, written.pictures)
     runs.write_table(out.parent / PROBLEMS, written.problems)

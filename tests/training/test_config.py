@@ -66,6 +66,12 @@ def test_the_presets_of_the_mission_are_there():
     assert {"default", "small-cpu", "demo", "high-resolution", "rsna-subset"} <= set(presets())
 
 
+def test_a_section_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train:\n  lr: 1e-3\ndata:\n  folds: 3\ntrain:\n  epochs: 2\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML: train stands there twice.*line"):
+        load_config(tmp_path / "mine.yaml")
+
+
 def test_a_file_that_is_not_utf8_is_no_yaml(tmp_path):
     (tmp_path / "mine.yaml").write_bytes("train:".encode("utf-16"))
     with pytest.raises(ConfigError, match=r"mine\.yaml: not UTF-8, so no YAML file\."):

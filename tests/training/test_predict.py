@@ -534,7 +534,7 @@ def test_what_was_trained_in_float16_predicts_on_a_cpu_in_float32(tmp_path: Path
 
 
 def test_what_was_predicted_is_not_taken_up_when_a_file_has_changed_since(
-    data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     images = tmp_path / "images"
     shutil.copytree(data / "test_images", images)
@@ -556,6 +556,7 @@ def test_what_was_predicted_is_not_taken_up_when_a_file_has_changed_since(
         patch.setattr(Partial, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             predict([run], out, **source)
+    assert f"Stopped after {kept[-1]} pictures; the same command goes on from there." in caplog.text
     first.write_bytes(whole)
     assert predict([run], out, **source).problems == 0
 

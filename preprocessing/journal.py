@@ -6,7 +6,6 @@ costs 16 bytes: the hash of its id and where its line begins.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.errors import StoreError
+from preprocessing.manifest import held
 
 Entry = dict[str, Any]
 _UNSORTED = 4096  # new entries that are looked up apart, for sorting all of them takes longer the more there are
@@ -138,17 +138,8 @@ def locked(store: Path) -> Iterator[None]:
     Raises:
         StoreError: another run holds it, or the folder cannot be written.
     """
-    try:
-        file = (store / ".lock").open("a+b")
-    except OSError as error:
-        raise StoreError(f"{store}: cannot be written: {error.strerror}.") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StoreError(
-                f"{store}: another run is converting into this store. Wait for it to end, or take another --out."
-            ) from None
+    busy = f"{store}: another run is converting into this store. Wait for it to end, or take another --out."
+    with held(store, StoreError(busy)):
         yield
 
 

@@ -12,6 +12,7 @@ A store is a folder with
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.errors import StoreError
+from preprocessing.errors import StoreError, UserError
 from preprocessing.settings import FULL, ConvertSettings
 
 STORE_VERSION = 1
@@ -226,6 +227,27 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write through a temporary file, fsync and rename: a reader sees the old bytes or the new ones, never a part."""
     with replaced(path) as file:
         file.write(data)
+
+
+@contextmanager
+def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
+    """Hold a folder for one process, by a lock on the file `.lock` there, whose path it gives. The lock ends with the
+    process, however that ends.
+
+    Raises:
+        UserError: `otherwise`, where another process holds it; one of its kind where the folder cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise type(otherwise)(f"{folder}: cannot be written: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise otherwise from None
+        yield path
 
 
 @contextmanager

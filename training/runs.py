@@ -5,7 +5,6 @@ docs/architecture.md says what each file is. One fold's part is `RUN/foldK`; a r
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ import pandas as pd
 import yaml
 
 from preprocessing.errors import RunError
-from preprocessing.manifest import Store, write_atomically
+from preprocessing.manifest import Store, held, write_atomically
 from training.config import Config, dump, validate
 
 if TYPE_CHECKING:
@@ -196,14 +195,8 @@ def locked(folder: Path) -> Iterator[None]:
         RunError: another training holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"{folder}: another training is writing there. Wait for it to end, or take another --out."
-            ) from None
+    busy = f"{folder}: another training is writing there. Wait for it to end, or take another --out."
+    with held(folder, RunError(busy)) as path:
         try:
             yield
         finally:

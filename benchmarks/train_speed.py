@@ -110,7 +110,7 @@ def measure(
         advice = monitor.summary()["advice"]
     tensor_rate, loader_rate = (steps * batch_size / statistics.median(seconds) for seconds in (tensors, loaded))
     return {
-        "name": " ".join([case.model, str(case.size), case.precision, *(v.rpartition(".")[2] for v in case.varied)]),
+        "name": " ".join([case.model, str(case.size), case.precision, *map(_short, case.varied)]),
         "images_per_s": loader_rate,
         "tensor_images_per_s": tensor_rate,
         "share": statistics.median(t / s for t, s in zip(tensors, loaded, strict=True)),
@@ -209,6 +209,8 @@ def main(
 ) -> None:
     """Measure and print a table."""
     ways = [[f"{name}={value}" for value in _split(values)] for name, _, values in (v.partition("=") for v in varied)]
+    if not all(ways):
+        raise click.BadParameter("expected A.B=C,D, such as model.compile=false,true", param_hint="--vary")
     cases = [
         Case(model, int(size), kind, settings)
         for model, size, kind in itertools.product(_split(models), _split(sizes), _split(precision))
@@ -235,6 +237,12 @@ def main(
     where = machine(pick_device(device))
     ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows}
     kept.final({"machine": where, "rows": rows, "ratios": ratios})
+
+
+def _short(setting: str) -> str:
+    """`a.b=c` without its sections."""
+    name, _, value = setting.partition("=")
+    return f"{name.rpartition('.')[2]}={value}"
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:

@@ -243,6 +243,8 @@ def whole_tiles(picture: Any, tiles: int) -> Any:
     rows, columns = picture.shape[:2]
     if not tiles or rows % tiles == columns % tiles == 0:
         return picture
+    if isinstance(picture, np.ndarray) and min(rows, columns) > 1:
+        return np.pad(picture, [(0, tiles - rows % tiles), (0, tiles - columns % tiles), (0, 0)], "reflect")
     down, across = mirrored_places(rows, tiles), mirrored_places(columns, tiles)
     if isinstance(picture, np.ndarray):
         return picture.take(down, 0).take(across, 1)

@@ -348,10 +348,11 @@ def _require_as_much(out: Path, listed: pd.DataFrame, from_csv: bool, repair: bo
         had = pq.read_table(out / "manifest.parquet", columns=["image_id", "cancer"]).to_pandas()
     except (OSError, pa.ArrowException):  # none yet, or a damaged one
         return
-    if not from_csv and had["cancer"].notna().any():
+    if had["cancer"].notna().any() and "cancer" not in listed:
+        given = "the one given has no column cancer" if from_csv else "none is given"
         raise InputError(
-            f"{out}: its labels came with a table, and none is given. Give it with --csv, or convert into another "
-            "folder with --out."
+            f"{out}: its labels came with a table, and {given}. Give it with --csv, or convert into another folder "
+            "with --out."
         )
     lacking = had["image_id"][~had["image_id"].isin(listed["image_id"])]
     if repair and len(lacking):

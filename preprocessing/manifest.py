@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ import pyarrow.parquet as pq
 
 from preprocessing.errors import StoreError, UserError
 from preprocessing.settings import FULL, ConvertSettings
+
+log = logging.getLogger(__name__)
 
 STORE_VERSION = 1
 
@@ -131,10 +134,16 @@ class Store:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what training sees of every image, its ids, side, view, label and tile checksums: equal stores
-        have equal ones."""
-        columns = ["image_id", "patient_id", "laterality", "view", "prediction_id", "cancer"]
-        columns += [level_column("crc32", level) for level in self.levels]
+        """SHA-256 over every image's ids, side, view, label and tile checksums: equal stores have equal ones."""
+        return self._digest("image_id", "patient_id", "laterality", "view", "prediction_id", "cancer")
+
+    def is_known_as(self, fingerprint: object) -> bool:
+        """Whether a run that recorded this fingerprint was trained on this store. Those before 2026-11-27 were over
+        image ids, labels and checksums alone."""
+        return fingerprint == self.fingerprint or fingerprint == self._digest("image_id", "cancer")
+
+    def _digest(self, *names: str) -> str:
+        columns = [*names, *(level_column("crc32", level) for level in self.levels)]
         rows = self.manifest[columns].to_csv(index=False, lineterminator="\n")
         return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -245,8 +254,12 @@ def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise otherwise from None
+        except OSError as error:  # file systems that have no locks
+            log.warning("%s cannot be locked (%s): see that nothing else writes there.", folder, error.strerror)
+        if not os.fstat(file.fileno()).st_nlink:  # its last holder has just removed it
+            raise otherwise
         yield path
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv as csv_module
+import gzip
 import io
 import logging
 import math
 import os
 import posixpath
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +36,7 @@ KNOWN = (
     *("patient_id", "image_id", "file", "laterality", "view", "prediction_id", "cancer", "age", "implant", "inverted"),
     *("site_id", "machine_id", "density", "BIRADS", "invasive"),
 )
+_SPELT = ("patient_id", "image_id", "laterality", "view", "cancer")
 _IDS = ("patient_id", "image_id", "prediction_id", "file")
 _LATERALITY = {"l": "L", "left": "L", "r": "R", "right": "R"}
 
@@ -103,6 +107,9 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
     if not csv.is_file():
         raise InputError(f"{csv}: no such CSV file. Give one with --csv; cli.py synth makes a set to try.")
     table = map_columns(_read(csv), columns, csv)
+    if not columns:  # else the call says what is what
+        table = table.rename(columns=_spelt(list(table.columns), csv))
+    table = table.assign(**{name: table[name].str.strip() for name in _IDS if name in table})
     wanted = ["patient_id"] if "file" in table.columns else ["patient_id", "image_id"]
     missing = [column for column in wanted if column not in table.columns]
     if missing:
@@ -124,24 +131,37 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
 
 
 def _read(csv: Path) -> pd.DataFrame:
-    """A table's cells as text, ids without the blanks around them; the index counts lines from the one below the
-    header, of which those that are empty are left out."""
+    """A table's cells as text, its columns' names without the blanks around them; the index counts lines from the
+    second, of which those that are empty are left out."""
     data = csv.read_bytes()
+    if csv.suffix.lower() == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{csv}: not readable as gzip: {error}.") from None
     if data.startswith(b"PK\3\4"):
-        raise InputError(f"{csv}: an Excel workbook, not a CSV; save it as CSV UTF-8.")
+        what = (
+            "an Excel workbook, not a CSV; save it as CSV UTF-8" if b"[Content_Types].xml" in data else "a ZIP archive"
+        )
+        raise InputError(f"{csv}: {what}.")
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         content = data.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
         raise InputError(f"{csv}: not {name} at byte {error.start:,}; save it as CSV UTF-8.") from None
-    header = content.partition("\n")[0]
+    started = content.lstrip()
+    before = content[: len(content) - len(started)].count("\n")  # empty lines above the header
+    header = started.partition("\n")[0]
     separator = "," if "," in header else max(",;\t", key=header.count)
+    names = [name.strip() for name in next(iter(csv_module.reader([header], delimiter=separator)), [])]
+    if doubled := [name for name in names if name and names.count(name) > 1]:
+        raise InputError(f"{csv}: its header has the column {doubled[0]} twice.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(
-                io.StringIO(content),
+                io.StringIO(started),
                 sep=separator,
                 dtype=str,
                 keep_default_na=False,
@@ -152,24 +172,19 @@ def _read(csv: Path) -> pd.DataFrame:
         raise InputError(f"{csv}: the file is empty; expected a header line and one row an image.") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise InputError(f"{csv}: not readable as a CSV: {' '.join(str(error).split())}") from None
-    table = table[(table != "").any(axis=1)]
-    table = table.rename(columns=_names([str(name) for name in table.columns], csv))
-    return table.assign(**{name: table[name].str.strip() for name in _IDS if name in table})
+    table = table[table.apply(lambda cells: cells.str.strip() != "").any(axis=1)]
+    table.index += before
+    return table.rename(columns=lambda name: str(name).strip())
 
 
-def _names(found: Sequence[str], csv: Path) -> dict[str, str]:
-    """What the columns are called: without blanks around, and those that mean something as they are spelt here."""
-    names = {name: name.strip() for name in found}
-    spelt = {name.lower(): name for name in KNOWN}
-    for name, stripped in names.items():
-        known = spelt.get(stripped.lower(), stripped)
-        if known not in names.values():
-            log.info("%s: its column %s is taken for %s.", csv, stripped, known)
-            names[name] = known
-    doubled = [name for name in names.values() if list(names.values()).count(name) > 1]
-    if doubled:
-        raise InputError(f"{csv}: its header has the column {doubled[0]} twice.")
-    return names
+def _spelt(found: Sequence[str], csv: Path) -> dict[str, str]:
+    """How columns that a table cannot do without, or is unlabelled without, are spelt here, where they are spelt
+    otherwise there."""
+    spelt = {name: next((each for each in found if each.lower() == name), name) for name in _SPELT if name not in found}
+    renamed = {there: name for name, there in spelt.items() if there != name}
+    for there, name in renamed.items():
+        log.info("%s: its column %s is taken for %s.", csv, there, name)
+    return renamed
 
 
 def map_columns(table: pd.DataFrame, given: Sequence[str], csv: Path) -> pd.DataFrame:

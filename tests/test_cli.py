@@ -131,6 +131,24 @@ def test_run_skips_what_is_done_and_unchanged(tmp_path):
     assert (aside / "validation.csv").read_bytes() == before
     assert not (tmp_path / "run" / "fold2").exists()
 
+    # What the table says of the patients, corrected: judged and predicted anew, and not trained.
+    corrected = pd.read_csv(table, dtype=str).assign(age="61", site_id="7")
+    corrected.to_csv(table, index=False)
+    predictions = (tmp_path / "run" / "fold0" / "validation.csv").read_bytes()
+    assert "train fold 0, train fold 1" in call(*job).output.split("Unchanged")[1].split("evaluate")[0]
+    validation = pd.read_csv(tmp_path / "run" / "fold0" / "validation.csv", dtype=str, keep_default_na=False)
+    assert (set(validation["age"]), set(validation["site_id"])) == ({"61.0"}, {"7"})
+    assert (tmp_path / "run" / "fold0" / "validation.csv").read_bytes() != predictions
+
+    # A submission and folds that others wrote there: the one is written again, the others are used as they are.
+    made = (tmp_path / "submission.csv").read_bytes()
+    (tmp_path / "submission.csv").write_text("theirs")
+    assert call(*job).exit_code == 0
+    assert (tmp_path / "submission.csv").read_bytes() == made
+    split = (tmp_path / "store" / "folds.csv").read_bytes()
+    assert call(*job, "--out", tmp_path / "second", "--set=data.seed=11").exit_code == 0
+    assert (tmp_path / "store" / "folds.csv").read_bytes() == split
+
     assert "tset.csv: no such CSV file" in fails(*job, "--test-csv", data / "tset.csv")
 
 

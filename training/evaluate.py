@@ -290,22 +290,23 @@ def take_facts(run: Run, store: Store) -> None:
         names = [name for name in runs.FACTS if name in fold.validation and name in rows]
         said = pd.read_csv(path, **as_text)
         there = said.index[said["image_id"].isin(rows.index)]
-        if there.empty:
+        if there.empty or not names:
             continue
         written = rows.loc[said.loc[there, "image_id"], names].to_csv(index=False)
         facts = said[names].copy()
         facts.loc[there] = pd.read_csv(io.StringIO(written), skip_blank_lines=False, **as_text).to_numpy()
         changed = (facts != said[names]).any(axis=1)
         if changed.any():
-            log.info("%s: what the store's table says of %d pictures is taken anew.", fold.folder, changed.sum())
-            runs.write_table(path, said.assign(**{name: facts[name] for name in names}))
+            with runs.locked(fold.folder):
+                log.info("%s: what the store's table says of %d pictures is taken anew.", fold.folder, changed.sum())
+                runs.write_table(path, said.assign(**{name: facts[name] for name in names}))
             fold.__dict__.pop("validation")
 
 
 def _check_store(run: Run, store: Store) -> None:
     for fold in run.folds:
         trained_on = fold.environment.get("store_fingerprint")
-        if trained_on != store.fingerprint:
+        if not store.is_known_as(trained_on):
             raise RunError(
                 f"{fold.folder}: it was trained on another store ({fold.environment.get('store')}, fingerprint "
                 f"{str(trained_on)[:12]}) than {store.root} ({store.fingerprint[:12]}); give that one with --store."

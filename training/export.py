@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -150,7 +151,8 @@ def export(
     for name, content in contents.items():
         write_atomically(out / name, content)
     for earlier in set(out.glob("fold*.safetensors")) - {out / name for name in contents}:
-        earlier.unlink()
+        if re.fullmatch(r"fold\d+", earlier.stem):
+            earlier.unlink()
     runs.write_json(out / DESCRIPTION, _description(ensemble, folds, contents, summary))
     return summary
 

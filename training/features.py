@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from preprocessing.errors import StoreError
 from preprocessing.manifest import Store, open_store, replaced
 from preprocessing.progress import Progress, Report
 from training import runs
@@ -74,11 +75,14 @@ def extract(
     """
     opened = open_store(store)
     rows = opened.manifest.reset_index(drop=True)
+    if rows.empty:
+        raise StoreError(f"{opened.root}: no pictures there; rejected.csv says why.")
     found = runs.folds_of(run)
+    for fold in found:  # before any is worked on
+        require_same_conversion(open_ensemble([fold.folder], "cpu"), opened)
     paths, faults, features = [], {}, np.zeros((0, 0), np.float32)
     for number, fold in enumerate(found):
         ensemble = open_ensemble([fold.folder], device)
-        require_same_conversion(ensemble, opened)
         ensemble = ensemble.in_batches(batch_size) if batch_size else ensemble
 
         def tell(done: int, before: int = number * len(rows)) -> None:

@@ -63,7 +63,7 @@ def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
 def _names(roots: list[Path]) -> list[str]:
     """Runs' folders, each with as many of its parents as tell them all apart."""
     depth = 1
-    while len(names := ["/".join(root.parts[-depth:]) for root in roots]) > len(set(names)):
+    while len(names := [str(Path(*root.parts[-depth:])) for root in roots]) > len(set(names)):
         depth += 1
     return names
 
@@ -119,7 +119,7 @@ def _metrics(run: Run) -> dict[str, Any]:
     now = evaluate.judged_from(run)
     if [{key: of.get(key) for key in now[0]} for of in saved.get("folds", [])] == now:
         return saved
-    return evaluate.evaluate(run.root, names=saved.get("covariates"))
+    return evaluate.judge(run, evaluate.out_of_fold(run), names=saved.get("covariates"))[0]
 
 
 def _summary(run: Run, result: dict[str, Any] | None) -> str:
@@ -167,7 +167,7 @@ def _store(run: Run) -> Store | None:
     environment = run.folds[0].environment
     try:
         store = open_store(environment.get("store", ""))
-        if store.fingerprint == environment.get("store_fingerprint"):
+        if store.is_known_as(environment.get("store_fingerprint")):
             return store
         problem = "it has changed since"
     except (StoreError, OSError) as error:

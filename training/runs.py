@@ -179,7 +179,7 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
 
     found = checkpoint.differences(saved, wanted)
     begun_on = environment.get("store_fingerprint")
-    if begun_on != store.fingerprint:
+    if not store.is_known_as(begun_on):
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
     elif "held_out" in environment and environment["held_out"] != held_out_digest(store, environment["fold"]):
         found.append(f"folds: fold {environment['fold']} of {store.root} holds other pictures out than it did")

@@ -145,8 +145,12 @@ def split(store: Store, config: Config, steps: Steps) -> None:
         StoreError: folds there that others made and that cannot be used.
     """
     path = store.root / folds.FOLDS_FILE
-    if path.is_file() and _file_digest(path) != steps.known("folds made here"):
+    made = steps.known("folds made here")
+    if made is None and steps.known("folds") is not None:  # by this run before it remembered them
+        made = _file_digest(path) if path.is_file() else None
+    if path.is_file() and _file_digest(path) != made:
         folds.read_or_make_folds(store, config.data)
+        steps.remember("folds made here", "")
         return
     folds.make_folds(store, config.data)
     steps.remember("folds made here", _file_digest(path))

@@ -407,6 +407,9 @@ def test_a_call_that_would_take_labels_or_pictures_from_a_store_is_refused(tmp_p
     before = digest(tmp_path / "store")
     with pytest.raises(InputError, match="its labels came with a table, and none is given"):
         convert(images, None, tmp_path / "store", SETTINGS, workers=1)
+    listed.drop(columns="cancer").to_csv(tmp_path / "unlabelled.csv", index=False)
+    with pytest.raises(InputError, match="the one given has no column cancer"):
+        convert(images, tmp_path / "unlabelled.csv", tmp_path / "store", SETTINGS, workers=1)
     listed.iloc[1:].to_csv(tmp_path / "fewer.csv", index=False)
     with pytest.raises(InputError, match="--repair, but 1 of its 3 pictures"):
         convert(images, tmp_path / "fewer.csv", tmp_path / "store", SETTINGS, workers=1, repair=True)

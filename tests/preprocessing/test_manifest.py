@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -80,6 +81,27 @@ def test_the_fingerprint_follows_what_training_sees(tmp_path: Path) -> None:
         prints.append(open_store(tmp_path).fingerprint)
     assert prints[0] == prints[1]
     assert len(set(prints)) == 1 + len(seen)
+
+
+def test_a_store_is_known_by_the_fingerprint_that_runs_recorded_before(tmp_path: Path) -> None:
+    write_head(tmp_path, ConvertSettings(levels=LEVELS))
+    write_manifest(tmp_path, [{"image_id": "1", "cancer": 1, "crc32_full": 5, "crc32_512": 6}], LEVELS, {})
+    opened = open_store(tmp_path)
+    earlier = hashlib.sha256(b"image_id,cancer,crc32_full,crc32_512\n1,1.0,5,6\n").hexdigest()
+    assert opened.is_known_as(earlier)
+    assert opened.is_known_as(opened.fingerprint)
+    assert opened.fingerprint != earlier
+    assert not opened.is_known_as("0")
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
+    def without(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(manifest.fcntl, "flock", without)
+    with manifest.held(tmp_path, StoreError("busy")):
+        pass
+    assert "cannot be locked (Function not implemented)" in caplog.text
 
 
 def test_a_list_of_rejected_inputs_that_is_gone_says_what_makes_it_anew(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import os
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_a_csv_that_is_missing_or_binary_is_one_clear_line(tmp_path: Path) -> No
     for data, message in (
         (b"\xff\xfe\x80patient_id,image_id\n\x80,\x81\n", "not UTF-16 at byte 26; save it as CSV UTF-8"),
         ("patient_id,image_id,view\n1,2,Krüger".encode("latin-1"), "not UTF-8 at byte 31; save it as CSV UTF-8"),
-        (b"PK\x03\x04 and so on", "an Excel workbook, not a CSV"),
+        (b"PK\x03\x04 [Content_Types].xml", "an Excel workbook, not a CSV"),
+        (b"PK\x03\x04 and so on", "a ZIP archive"),
     ):
         (tmp_path / "binary.csv").write_bytes(data)
         with pytest.raises(InputError, match=message):
@@ -93,8 +95,32 @@ def test_lines_are_counted_past_empty_ones(tmp_path: Path) -> None:
 
 
 def test_a_header_with_a_column_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has the column view twice"):
-        table.read_table(csv(tmp_path, "patient_id,image_id,view, view", "1,1,CC,MLO"))
+    for header in ("patient_id,image_id,view, view", 'patient_id,image_id,view,"view"'):
+        with pytest.raises(InputError, match="has the column view twice"):
+            table.read_table(csv(tmp_path, header, "1,1,CC,MLO"))
+
+
+def test_a_table_may_be_packed_and_begin_or_end_with_blank_lines(tmp_path: Path) -> None:
+    text = "\n \npatient_id,image_id,age\n1,1,old\n  \n"
+    with pytest.raises(InputError, match="line 4: age is 'old'"):
+        table.read_table(csv(tmp_path, text))
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(text.replace("old", "50").encode()))
+    assert table.read_table(tmp_path / "train.csv.gz").to_dict("list") == {
+        "patient_id": ["1"],
+        "image_id": ["1"],
+        "age": ["50"],
+    }
+    (tmp_path / "train.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(InputError, match="not readable as gzip"):
+        table.read_table(tmp_path / "train.csv.gz")
+
+
+def test_a_mapping_finds_the_columns_as_the_table_spells_them(tmp_path: Path) -> None:
+    path = csv(tmp_path, "Patient_ID,image_id,View,Age,Cancer", " 1 ,7,CC,062Y,Malignant")
+    frame = table.read_table(path, ["patient_id=Patient_ID", "view=View", "cancer=Cancer:malignant"])
+    assert frame[["patient_id", "view", "cancer", "Age"]].to_numpy().tolist() == [["1", "CC", "1", "062Y"]]
+    carried = table.read_table(csv(tmp_path, "patient_id,image_id,Age,File", "1,7,062Y,a", name="b.csv"))
+    assert list(carried.columns) == ["patient_id", "image_id", "Age", "File"]
 
 
 def test_only_rows_of_one_picture_become_one(tmp_path: Path) -> None:

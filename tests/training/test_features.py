@@ -86,4 +86,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(store: Path, tm
         extract(make_run(tmp_path / "run", settings=other), store, tmp_path / "out", device="cpu")
     with pytest.raises(RunError, match="no run there"):
         extract(tmp_path / "none", store, tmp_path / "out", device="cpu")
+    half = make_run(tmp_path / "half")
+    (half / "fold1" / runs.VALIDATION).unlink()
+    with pytest.raises(RunError, match="not there yet"):
+        extract(half, store, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def convert(
         scheduler: address of a dask.distributed scheduler to run on instead.
         repair: verify every tile first and redo the damaged ones.
         progress: told of each finished file.
-        columns: how the columns of another data set's table are taken; see `table.map_columns`.
+        columns: how the columns of another data set's table are taken; see `csv_file.map_columns`.
 
     Raises:
         InputError: the folder or the CSV does not hold what it must, or no scheduler answers.

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv as csv_module
-import gzip
-import io
 import logging
 import math
 import os
 import posixpath
-import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from preprocessing.csv_file import map_columns, read_cells
 from preprocessing.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -30,7 +26,6 @@ _NO_PICTURES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".yaml", ".md", ".xml
 _DIGITS = 15  # of any whole number that float64 holds
 _EMPTY = {"", "nan", "none", "null", "na", "n/a"}
 _FLAGS = {"0": 0.0, "1": 1.0, "true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
-_EXPECTED = "expected NAME=COLUMN, such as patient_id=study_id, or NAME=COLUMN:VALUE|VALUE, 1 where the cell is one"
 # Columns that mean something here; others of a table are carried as they are.
 KNOWN = (
     *("patient_id", "image_id", "file", "laterality", "view", "prediction_id", "cancer", "age", "implant", "inverted"),
@@ -97,7 +92,7 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
 
     Args:
         csv: the file, in UTF-8 or, with a byte order mark, UTF-16; separated by commas, semicolons or tabs.
-        columns: how another data set's columns are taken; see `map_columns`. Rows of one picture become one.
+        columns: how another data set's columns are taken; see `csv_file.map_columns`. Rows of one picture become one.
         labels: `cancer`, `implant` and `age` must be what they should; without it a cell that is not counts as empty.
 
     Raises:
@@ -106,7 +101,7 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
     """
     if not csv.is_file():
         raise InputError(f"{csv}: no such CSV file. Give one with --csv; cli.py synth makes a set to try.")
-    table = map_columns(_read(csv), columns, csv)
+    table = map_columns(read_cells(csv), columns, csv)
     if not columns:  # else the call says what is what
         table = table.rename(columns=_spelt(list(table.columns), csv))
     table = table.assign(**{name: table[name].str.strip() for name in _IDS if name in table})
@@ -130,53 +125,6 @@ def read_table(csv: Path, columns: Sequence[str] = (), labels: bool = True) -> p
     return table.reset_index(drop=True)
 
 
-def _read(csv: Path) -> pd.DataFrame:
-    """A table's cells as text, its columns' names without the blanks around them; the index counts lines from the
-    second, of which those that are empty are left out."""
-    data = csv.read_bytes()
-    if csv.suffix.lower() == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{csv}: not readable as gzip: {error}.") from None
-    if data.startswith(b"PK\3\4"):
-        what = (
-            "an Excel workbook, not a CSV; save it as CSV UTF-8" if b"[Content_Types].xml" in data else "a ZIP archive"
-        )
-        raise InputError(f"{csv}: {what}.")
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        content = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        name = encoding.removesuffix("-sig").upper()
-        raise InputError(f"{csv}: not {name} at byte {error.start:,}; save it as CSV UTF-8.") from None
-    started = content.lstrip()
-    before = content[: len(content) - len(started)].count("\n")  # empty lines above the header
-    header = started.partition("\n")[0]
-    separator = "," if "," in header else max(",;\t", key=header.count)
-    names = [name.strip() for name in next(iter(csv_module.reader([header], delimiter=separator)), [])]
-    if doubled := [name for name in names if name and names.count(name) > 1]:
-        raise InputError(f"{csv}: its header has the column {doubled[0]} twice.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                io.StringIO(started),
-                sep=separator,
-                dtype=str,
-                keep_default_na=False,
-                index_col=False,
-                skip_blank_lines=False,
-            )
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{csv}: the file is empty; expected a header line and one row an image.") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise InputError(f"{csv}: not readable as a CSV: {' '.join(str(error).split())}") from None
-    table = table[table.apply(lambda cells: cells.str.strip() != "").any(axis=1)]
-    table.index += before
-    return table.rename(columns=lambda name: str(name).strip())
-
-
 def _spelt(found: Sequence[str], csv: Path) -> dict[str, str]:
     """How columns that a table cannot do without, or is unlabelled without, are spelt here, where they are spelt
     otherwise there."""
@@ -185,40 +133,6 @@ def _spelt(found: Sequence[str], csv: Path) -> dict[str, str]:
     for there, name in renamed.items():
         log.info("%s: its column %s is taken for %s.", csv, there, name)
     return renamed
-
-
-def map_columns(table: pd.DataFrame, given: Sequence[str], csv: Path) -> pd.DataFrame:
-    """The table with further columns, filled as told; the source's own columns stay.
-
-    Args:
-        table: all cells as text.
-        given: `NAME=COLUMN` copies a column; `NAME=COLUMN:VALUE|VALUE` is 1 where the cell is one of the values, in
-            any case, and 0 elsewhere.
-        csv: for messages.
-
-    Raises:
-        InputError: a mapping that cannot be read, or a column or value that the table does not have.
-    """
-    mapped = table.copy()
-    for mapping in given:
-        name, equals, source = (part.strip() for part in mapping.partition("="))
-        if not (name and equals and source):
-            raise InputError(f"--column {mapping}: {_EXPECTED}.")
-        if source in table.columns:
-            mapped[name] = table[source]
-            continue
-        column, _, listed = source.rpartition(":")
-        values = {value.strip().lower() for value in listed.split("|")}
-        if column not in table.columns:
-            there = ", ".join(map(str, table.columns))
-            raise InputError(f"--column {mapping}: {csv} has no column {column or source!r}; found {there}.")
-        cells = table[column].str.strip().str.lower()
-        unseen = sorted(values - set(cells))
-        if unseen:
-            there = ", ".join(sorted(table[column].unique())[:12])
-            raise InputError(f"--column {mapping}: no cell of {column!r} in {csv} is {unseen[0]!r}; found {there}.")
-        mapped[name] = cells.isin(values).astype(int).astype(str)
-    return mapped
 
 
 def one_row_a_picture(table: pd.DataFrame) -> pd.DataFrame:
@@ -386,7 +300,7 @@ def _check(table: pd.DataFrame, csv: Path, labels: bool) -> None:
         pandera.DataFrameSchema(columns).validate(table, lazy=True)
     except pandera.errors.SchemaErrors as errors:
         case = errors.failure_cases.iloc[0]
-        line = int(case["index"]) + 2  # as `_read` has it
+        line = int(case["index"]) + 2  # as `read_cells` has it
         raise InputError(
             f"{csv}, line {line}: {case['column']} is {case['failure_case']!r}; expected {case['check']}."
         ) from None

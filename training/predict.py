@@ -123,7 +123,7 @@ def predict(
         aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
         covariates: what the table says of the patient that a breast's probability takes into account, as
             `open_ensemble` takes `names`; an exported model brings its own.
-        columns: how the columns of another data set's table are taken; see `table.map_columns`.
+        columns: how the columns of another data set's table are taken; see `csv_file.map_columns`.
         batch_size: pictures a batch, where those of the runs' validation do not fit here.
         workers: decoding processes of `images`, 0 for one a core. A stream that was cut short is taken up again where
             its last chunk ended.

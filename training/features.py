@@ -78,12 +78,12 @@ def extract(
     if rows.empty:
         raise StoreError(f"{opened.root}: no pictures there; rejected.csv says why.")
     found = runs.folds_of(run)
-    for fold in found:  # before any is worked on
-        require_same_conversion(open_ensemble([fold.folder], "cpu"), opened)
+    ensembles = [open_ensemble([fold.folder], device) for fold in found]  # all, before any is worked on
+    for ensemble in ensembles:
+        require_same_conversion(ensemble, opened)
     paths, faults, features = [], {}, np.zeros((0, 0), np.float32)
-    for number, fold in enumerate(found):
-        ensemble = open_ensemble([fold.folder], device)
-        ensemble = ensemble.in_batches(batch_size) if batch_size else ensemble
+    for number, (fold, own) in enumerate(zip(found, ensembles, strict=True)):
+        ensemble = own.in_batches(batch_size) if batch_size else own
 
         def tell(done: int, before: int = number * len(rows)) -> None:
             if progress is not None:

@@ -147,8 +147,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001
-        # pickle's own errors share no base class below Exception.
+    except Exception as error:  # noqa: BLE001 - pickle's own errors share no base class below it
         raise InputError(
             f"{path}: not readable as weights ({type(error).__name__}); expected safetensors or a state dict."
         ) from None

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.errors import StoreError
-from preprocessing.manifest import held
+from preprocessing.files import held
 
 Entry = dict[str, Any]
 _UNSORTED = 4096  # new entries that are looked up apart, for sorting all of them takes longer the more there are

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.errors import InputError
-from preprocessing.manifest import write_atomically
+from preprocessing.files import write_atomically
 from preprocessing.phantom import SIZES, Breast, Density, LesionKind, generator, render
 from preprocessing.progress import Progress, Report
 from preprocessing.synth_dicom import MACHINES, UNSEEN, Exposure, Machine, stored_values, write

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from preprocessing.errors import RunError
-from preprocessing.manifest import write_atomically
+from preprocessing.files import write_atomically
 from training.trackers import flatten
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
 from dali_pipes.source import level_of, output_to_tile, tile_size
+from preprocessing.files import write_atomically
 from preprocessing.ingest import safe_name
-from preprocessing.manifest import Store, write_atomically
+from preprocessing.manifest import Store
 from training import runs
 from training.ensemble import Ensemble, Group
 from training.model import MammoModel

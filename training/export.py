@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import ConfigError, RunError
-from preprocessing.manifest import write_atomically
+from preprocessing.files import write_atomically
 from preprocessing.settings import ConvertSettings
 from training import runs
 from training.assemble import Aggregate, open_ensemble

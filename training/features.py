@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from preprocessing.errors import StoreError
-from preprocessing.manifest import Store, open_store, replaced
+from preprocessing.files import replaced
+from preprocessing.manifest import Store, open_store
 from preprocessing.progress import Progress, Report
 from training import runs
 from training.assemble import open_ensemble, require_same_conversion

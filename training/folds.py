@@ -15,7 +15,8 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from preprocessing.errors import InputError, StoreError
-from preprocessing.manifest import Store, write_atomically
+from preprocessing.files import write_atomically
+from preprocessing.manifest import Store
 from training.config import DataSettings
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from preprocessing.manifest import write_atomically
+from preprocessing.files import write_atomically
 
 
 @dataclass(frozen=True)

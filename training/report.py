@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from preprocessing.errors import StoreError
-from preprocessing.manifest import Store, open_store, write_atomically
+from preprocessing.files import write_atomically
+from preprocessing.manifest import Store, open_store
 from training import evaluate, figures, metrics, report_pictures, runs
 from training import report_sections as sections
 from training.config import dump

@@ -22,7 +22,8 @@ import pandas as pd
 import yaml
 
 from preprocessing.errors import RunError
-from preprocessing.manifest import Store, held, write_atomically
+from preprocessing.files import held, write_atomically
+from preprocessing.manifest import Store
 from training.config import Config, dump, validate
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from typing import Any
 
 from preprocessing import convert as conversion
 from preprocessing.errors import InputError, RunError
-from preprocessing.manifest import Store, open_store, write_atomically
+from preprocessing.files import write_atomically
+from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import config as configuration
 from training import evaluate as evaluation

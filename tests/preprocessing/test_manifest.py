@@ -94,16 +94,6 @@ def test_a_store_is_known_by_the_fingerprint_that_runs_recorded_before(tmp_path:
     assert not opened.is_known_as("0")
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
-    def without(*arguments: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(manifest.fcntl, "flock", without)
-    with manifest.held(tmp_path, StoreError("busy")):
-        pass
-    assert "cannot be locked (Function not implemented)" in caplog.text
-
-
 def test_a_list_of_rejected_inputs_that_is_gone_says_what_makes_it_anew(tmp_path: Path) -> None:
     store(tmp_path)
     (tmp_path / "rejected.csv").unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""Files that are there whole or not at all, and folders that one process writes."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from preprocessing.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write through a temporary file, fsync and rename: a reader sees the old bytes or the new ones, never a part."""
+    with replaced(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
+    """Hold a folder for one process, by a lock on the file `.lock` there, whose path it gives. The lock ends with the
+    process, however that ends.
+
+    Raises:
+        UserError: `otherwise`, where another process holds it; one of its kind where the folder cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise type(otherwise)(f"{folder}: cannot be written: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise otherwise from None
+        except OSError as error:  # file systems that have no locks
+            log.warning("%s cannot be locked (%s): see that nothing else writes there.", folder, error.strerror)
+        if not os.fstat(file.fileno()).st_nlink:  # its last holder has just removed it
+            raise otherwise
+        yield path
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write that takes `path`'s place, synced to the disk, when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # which a full disk does not name
+        raise

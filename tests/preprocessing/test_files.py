@@ -1,0 +1,38 @@
+"""Files are there whole or not at all, and a folder is one process's."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from preprocessing import files
+from preprocessing.errors import StoreError
+
+
+def test_an_error_while_a_file_is_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    files.write_atomically(path, b"earlier")
+    with suppress(RuntimeError), files.replaced(path) as file:
+        file.write(b"a part")
+        raise RuntimeError
+    assert path.read_bytes() == b"earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_by_the_file_that_it_kept_from_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"), files.replaced(path):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
+    def without(*arguments: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", without)
+    with files.held(tmp_path, StoreError("busy")):
+        pass
+    assert "cannot be locked (Function not implemented)" in caplog.text

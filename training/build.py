@@ -7,7 +7,7 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from preprocessing.errors import ConfigError
@@ -96,7 +96,7 @@ def build_parts(
         scheduler=build_schedule(optimizer, train, batches),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         # The warm-up, decay 1 - (1 + step)^(-2/3) at first, lets a short run's average forget the random head.
-        ema=ModelEmaV3(model, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None,
+        ema=MovingAverage(model, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None,
         device=device,
         precision=precision,
         grad_clip=train.grad_clip,
@@ -108,6 +108,26 @@ def build_parts(
         image_ids=rows["image_id"].tolist(),
     )
     return parts, weights
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of a model, of always the same one, whose tensors it looks up once: to walk through two
+    EfficientNet-B3 takes the host 2.5 ms a step, in which it launches nothing, and each step counter a copy."""
+
+    _pairs: list[tuple[list[Tensor], list[Tensor]]] | None = (
+        None  # (the average's, the model's): numbers, then counters
+    )
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move every tensor by 1 - decay towards the model's, but integers, which are copied."""
+        if self._pairs is None:
+            both = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+            kinds = [[pair for pair in both if pair[0].is_floating_point() is kind] for kind in (True, False)]
+            self._pairs = [([own for own, _ in pairs], [theirs for _, theirs in pairs]) for pairs in kinds]
+        (average, trained), counters = self._pairs
+        torch._foreach_lerp_(average, trained, weight=1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if counters[0]:
+            torch._foreach_copy_(*counters)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _sizes(config: Config) -> set[tuple[int, int]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nvidia.dali.types import DALIDataType
 
 from dali_pipes.settings import AugmentSettings, PipelineSettings
-from dali_pipes.source import NUMBERS, Sample, has_odd_windows
+from dali_pipes.source import NUMBERS, Sample
 
 _AT = {name: place for place, name in enumerate(NUMBERS)}
 
@@ -33,13 +33,15 @@ class Uses:
     """Which steps a loader's samples take at all.
 
     Attributes:
-        odd_windows: some are windowed by table or by sigmoid.
+        tables: some are windowed by a VOI LUT.
+        sigmoids: some are windowed by a sigmoid.
         regions: the graph decodes the part of a level that a patch shows.
         mirroring: CLAHE's tiles are made whole by the graph, which decodes; else the source has made them so.
         tone, grid, blur, sharpen, noise, holes: some are changed by them.
     """
 
-    odd_windows: bool = True
+    tables: bool = True
+    sigmoids: bool = True
     regions: bool = False
     mirroring: bool = True
     tone: bool = True
@@ -59,14 +61,17 @@ class Uses:
     ) -> Uses:
         """Those of manifest rows under settings; `augment` is None where nothing is augmented, `encoded` says that the
         graph decodes."""
-        odd = pipeline.window == "manifest" and any(map(has_odd_windows, rows))
+        tables = sigmoids = False
+        if pipeline.window == "manifest":
+            for row in rows:
+                tables |= len(row["voi_lut"]) > 0
+                sigmoids |= "SIGMOID" in row["window_function"]
         regions = encoded and pipeline.patch_level is not None
         if augment is None:
-            return cls(
-                odd, regions, encoded, tone=False, grid=False, blur=False, sharpen=False, noise=False, holes=False
-            )
+            return cls(tables, sigmoids, regions, encoded, *[False] * 6)
         return cls(
-            odd,
+            tables,
+            sigmoids,
             regions,
             encoded,
             tone=augment.tone > 0,
@@ -83,8 +88,10 @@ def columns(uses: Uses, pipeline: PipelineSettings) -> list[Column]:
     real, whole = DALIDataType.FLOAT, DALIDataType.INT32
     found = [Column("scale", real, 0), Column("bias", real, 0), Column("matrix", real, 2)]
     found += [Column("antialias", real, 0), Column("antialias_window", whole, 0)]
-    if uses.odd_windows:
-        found += [Column("by_table", real, 0), Column("sigmoid", real, 0), Column("table", real, 1)]
+    if uses.tables:
+        found += [Column("by_table", real, 0), Column("table", real, 1)]
+    if uses.sigmoids:
+        found += [Column("sigmoid", real, 0)]
     if pipeline.clahe.enabled:
         found += [Column("size", whole, 1)]
     if uses.regions:
@@ -107,9 +114,10 @@ def columns(uses: Uses, pipeline: PipelineSettings) -> list[Column]:
 def feed(samples: Sequence[Sample], uses: Uses, pipeline: PipelineSettings) -> list[Any]:
     """The pictures, a list, and after them the values of `columns`, arrays [B, ...]; the tables are a list.
 
-    `scale` and `bias` take a tile's values to [0, 1], or straight to CLAHE's bytes where `to_bytes` says so; windows
-    of a Gaussian are 1 where it does nothing; `nodes` [B, n, n, 2] is where the distorted grid's nodes look (x, y), the
-    level's edges at -1 and 1; holes of no size fill up those of samples with fewer.
+    `scale` and `bias` take a tile's values to [0, 1], or straight to CLAHE's bytes where `to_bytes` says so, or to the
+    hyperbolic tangent's argument where `sigmoid` is 1, as 1 / (1 + exp(-4 (u - 1/2))) is (1 + tanh(2 u - 1)) / 2;
+    windows of a Gaussian are 1 where it does nothing; `nodes` [B, n, n, 2] is where the distorted grid's nodes look
+    (x, y), the level's edges at -1 and 1; holes of no size fill up those of samples with fewer.
     """
     numbers = np.ascontiguousarray(np.stack([sample.numbers for sample in samples]).T)
     matrix = np.stack([sample.matrix for sample in samples])
@@ -117,6 +125,9 @@ def feed(samples: Sequence[Sample], uses: Uses, pipeline: PipelineSettings) -> l
     found |= {"matrix": matrix, "by_table": found["table"], "table": [sample.table for sample in samples]}
     if to_bytes(uses, pipeline):
         found["scale"] = found["scale"] * np.float32(255)
+    if uses.sigmoids:
+        found["scale"] = found["scale"] * (1 + found["sigmoid"])
+        found["bias"] = found["bias"] * (1 + found["sigmoid"]) - found["sigmoid"]
     for name in ("antialias", "blur"):
         found[f"{name}_window"] = gaussian_window(found[name])
         found[name] = np.maximum(found[name], np.float32(0.1))  # of no matter where the window is 1
@@ -133,7 +144,7 @@ def feed(samples: Sequence[Sample], uses: Uses, pipeline: PipelineSettings) -> l
 
 def to_bytes(uses: Uses, pipeline: PipelineSettings) -> bool:
     """Whether every window is a ramp that CLAHE follows: one operator then gives its bytes."""
-    return pipeline.clahe.enabled and not uses.odd_windows
+    return pipeline.clahe.enabled and not (uses.tables or uses.sigmoids)
 
 
 def gaussian_window(sigma: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -41,14 +41,12 @@ def all_steps(tile: Any, fed: Fed, uses: Uses, settings: PipelineSettings, devic
     values = fn.cast(tile, dtype=DALIDataType.FLOAT)
     if to_bytes(uses, settings):
         picture = ramp(values, fed, DALIDataType.UINT8)
-    elif uses.odd_windows:
-        u = ramp(values, fed, DALIDataType.FLOAT)
-        picture = odd_window(values, u, fed["by_table"], fed["sigmoid"], fed["table"], device)
+    elif uses.tables:
+        picture = by_table(values, fed, fed["by_table"], uses, settings, device)
     else:
-        picture = math.clamp(ramp(values, fed, DALIDataType.FLOAT), 0.0, 1.0)
+        picture = by_curve(values, fed, uses, settings)
     if settings.clahe.enabled:
-        levels = picture if to_bytes(uses, settings) else as_bytes(picture)
-        picture = clahe(levels, fed, settings, device, uses.mirroring)
+        picture = clahe(picture, fed, settings, device, uses.mirroring)
     if uses.tone:
         picture = tone(picture, fed, device)
     picture = fn.gaussian_blur(picture, sigma=fed["antialias"], window_size=fed["antialias_window"])
@@ -76,21 +74,43 @@ def ramp(values: Any, fed: Fed, dtype: DALIDataType) -> Any:
     )
 
 
-def odd_window(values: Any, u: Any, by_table: Any, sigmoid: Any, table: Any, device: str) -> Any:
-    """Tile values to grey in [0, 1] where some samples have a sigmoid or a table in the place of a ramp."""
-    if by_table > 0:
-        grey = in_torch(look_up, values, placed(table, device), device=device)
-    elif sigmoid > 0:
-        grey = 1.0 / (1.0 + math.exp(-4.0 * (u - 0.5)))
+def by_table(values: Any, fed: Fed, chosen: Any, uses: Uses, settings: PipelineSettings, device: str) -> Any:
+    """Tile values to grey in [0, 1], in bytes where CLAHE follows, where some samples have a table."""
+    if chosen > 0:
+        grey = clipped(in_torch(look_up, values, placed(fed["table"], device), device=device), settings)
     else:
-        grey = math.clamp(u, 0.0, 1.0)
+        grey = by_curve(values, fed, uses, settings)
+    return grey
+
+
+def by_curve(values: Any, fed: Fed, uses: Uses, settings: PipelineSettings) -> Any:
+    """The same of ramps, and of sigmoids where some samples have them."""
+    u = ramp(values, fed, DALIDataType.FLOAT)
+    return bent(u, fed["sigmoid"], settings) if uses.sigmoids else clipped(u, settings)
+
+
+def bent(u: Any, sigmoid: Any, settings: PipelineSettings) -> Any:
+    """The same of ramps and sigmoids, for which `feed` has made `u` the hyperbolic tangent's argument."""
+    if sigmoid > 0:
+        grey = fn.brightness_contrast(math.tanh(u), brightness_shift=0.5, **_bytes(0.5, settings))
+    else:
+        grey = clipped(u, settings)
     return grey
 
 
 @do_not_convert
-def as_bytes(grey: Any) -> Any:
-    """[0, 1] to 0 ... 255, rounded."""
-    return fn.brightness_contrast(grey, contrast=255.0, contrast_center=0.0, dtype=DALIDataType.UINT8)
+def clipped(grey: Any, settings: PipelineSettings) -> Any:
+    """Clipped to [0, 1]; in bytes, rounded, where CLAHE follows."""
+    return (
+        fn.brightness_contrast(grey, **_bytes(1.0, settings)) if settings.clahe.enabled else math.clamp(grey, 0.0, 1.0)
+    )
+
+
+def _bytes(contrast: float, settings: PipelineSettings) -> dict[str, Any]:
+    """Arguments of an operator that multiplies, and gives bytes where CLAHE follows."""
+    if settings.clahe.enabled:
+        return {"contrast": 255 * contrast, "contrast_center": 0.0, "dtype": DALIDataType.UINT8}
+    return {"contrast": contrast, "contrast_center": 0.0, "dtype": DALIDataType.FLOAT}
 
 
 @do_not_convert

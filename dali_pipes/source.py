@@ -366,11 +366,6 @@ def low_pass(matrix: NDArray[np.float64]) -> float:
     return sigma if sigma >= 0.2 else 0.0
 
 
-def has_odd_windows(facts: Mapping[Any, Any]) -> bool:
-    """Whether a manifest row has a VOI LUT or a sigmoid window: something else than ramps."""
-    return len(facts["voi_lut"]) > 0 or "SIGMOID" in list(facts["window_function"])
-
-
 def choose_window(
     facts: dict[str, Any], pipeline: PipelineSettings, draw: Draw
 ) -> tuple[bool, bool, float, float, NDArray[np.float32]]:

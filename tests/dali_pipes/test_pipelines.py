@@ -95,6 +95,15 @@ def test_opencv_and_dalis_cpu_operators_agree(store, case):
     assert most < 4
 
 
+@pytest.mark.parametrize("case", ["plain", "no CLAHE", "window"])
+@pytest.mark.parametrize("kinds", [(0,), (0, 1), (0, 2), (0, 3), (1, 3)])
+def test_each_mixture_of_windows_agrees(tmp_path, case, kinds):
+    chosen = make_store(tmp_path / "store", count=8, change=lambda image: windows(kinds[image % len(kinds)]))
+    mean, most = agree(chosen, CASES[case], "operators")
+    assert mean < 0.05
+    assert most < 4
+
+
 def test_a_graph_without_the_steps_that_no_sample_takes_gives_what_one_with_all_of_them_gives(tmp_path, monkeypatch):
     plain = make_store(tmp_path / "store", count=8)  # ramps alone
     for settings in (CASES["plain"], CASES["no CLAHE"], CASES["tone"]):
@@ -110,11 +119,15 @@ def test_a_graph_without_the_steps_that_no_sample_takes_gives_what_one_with_all_
 def test_what_no_sample_takes_is_known_from_the_settings_and_the_files():
     ramp, sigmoid = {"voi_lut": [], "window_function": ["LINEAR"]}, {"voi_lut": [], "window_function": ["SIGMOID"]}
     table = {"voi_lut": [0, 1], "window_function": []}
-    none = Uses(False, False, True, *[False] * 6)
+    none = Uses(False, False, False, True, *[False] * 6)
     assert Uses.of([ramp], SMALL, None, encoded=True) == none
-    for odd in (sigmoid, table):
-        assert Uses.of([ramp, odd], SMALL, None, encoded=True).odd_windows
-        assert not Uses.of([odd], SMALL.model_copy(update={"window": "fixed"}), None, encoded=True).odd_windows
+    for odd, names in (
+        (sigmoid, {"sigmoids"}),
+        (table, {"tables"}),
+        (sigmoid | {"voi_lut": [0]}, {"sigmoids", "tables"}),
+    ):
+        assert Uses.of([ramp, odd], SMALL, None, encoded=True) == replace(none, **dict.fromkeys(names, True))
+        assert Uses.of([odd], SMALL.model_copy(update={"window": "fixed"}), None, encoded=True) == none
     patches = SMALL.model_copy(update={"patch_level": "full"})
     assert [Uses.of([ramp], patches, None, encoded).regions for encoded in (True, False)] == [True, False]
     steps = {"tone": "tone", "grid": "grid", "blur": "blur", "sharpen": "sharpen", "noise": "noise"}

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,6 +51,31 @@ class _Fed(NamedTuple):
     faults: list[Fault]
     columns: Sequence[Any]
     mixes: list[Mix]
+
+
+class Lent:
+    """Buffers that a GPU may still read when the host has done with them, kept until it has come past that point.
+
+    DALI frees a batch in the order of its own streams, and does not know what training's has queued on it; nor does
+    torch know what DALI's have queued on a level that was uploaded.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Any, Any]] = deque()
+
+    def keep(self, buffers: Any, stream: Any) -> None:
+        """Hold buffers for all that is queued on a CUDA stream; let go of those that it has come past."""
+        with suppress(RuntimeError):  # a GPU that has failed reads nothing any more; who uses it next says so
+            self._kept.append((buffers, stream.record_event()))
+            while self._kept and self._kept[0][1].query():
+                self._kept.popleft()
+
+    def close(self) -> None:
+        """Wait for the stream."""
+        with suppress(RuntimeError):
+            if self._kept:
+                self._kept[-1][1].synchronize()
+        self._kept.clear()
 
 
 _Drawn = tuple[NDArray[np.int64], list[Fault], Sequence[Any], list[Mix]]
@@ -105,6 +130,7 @@ class Loader:
         self._steps: HostSteps | None = None
         self._feed: Iterator[_Drawn] = iter(())
         self._underway: deque[_Fed] = deque()
+        self._lent = Lent()
         self._faults: dict[int, str] = {}
         self._epoch_running = 0
         self._parts = 1
@@ -137,6 +163,7 @@ class Loader:
     def close(self) -> None:
         """Let go of the graph, its threads and its memory."""
         self._end_epoch()
+        self._lent.close()
         self._graphs.clear()
         self._resources.close()
         if self._pool is not None:
@@ -163,10 +190,15 @@ class Loader:
             graph.schedule_run()
         while self._underway:  # in the order in which the graphs asked for them
             fed = self._underway[0]
-            batch = self._take(fed)
+            image = self._take(fed)
+            batch = self._batch(image, fed)
             self._graphs[fed.graph].schedule_run()
             self.wait_s += time.monotonic() - began
-            yield batch
+            try:
+                yield batch
+            finally:  # all that uses the batch is queued by now, unless who asked for it still has it
+                if self._device.type == "cuda":
+                    self._lent.keep((image, fed.columns), torch.cuda.current_stream(self._device))
             if running != self._epoch_running:
                 raise RuntimeError("another epoch of this loader was begun before this one ended")
             began = time.monotonic()
@@ -183,6 +215,8 @@ class Loader:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
         on_device = on_gpu and settings.cache == "device"
+        # In training's stream an upload would stand behind all that is queued there, and wait for it.
+        self._uploads = torch.cuda.Stream(self._device) if on_device else None
         if settings.cache != "none":
             place = str(self._device) if on_device else "cpu"
             self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
@@ -208,7 +242,8 @@ class Loader:
                 self._graphs.append(host_pipeline(source, self._pipeline_settings, *amounts))
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
-        return torch.from_numpy(level.view(np.int16)).to(self._device)
+        with torch.cuda.stream(self._uploads):
+            return torch.from_numpy(level.view(np.int16)).to(self._device)
 
     def _end_epoch(self) -> None:
         """Throw away what is still on its way, and make the graphs ready for another epoch."""
@@ -260,8 +295,8 @@ class Loader:
         """What a graph is fed with of a batch."""
         return list(samples) if self._steps else feed(samples, self._uses, self._pipeline_settings)
 
-    def _take(self, fed: _Fed) -> Batch:
-        """A batch that a graph has ready, or will have, as tensors."""
+    def _take(self, fed: _Fed) -> torch.Tensor:
+        """A batch's pictures that a graph has ready, or will have."""
         graph = self._graphs[fed.graph]
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         (output,) = graph.share_outputs(cuda_stream=stream)
@@ -269,6 +304,10 @@ class Loader:
         image = torch.from_dlpack(output.as_tensor())
         graph.release_outputs()
         self._underway.popleft()
+        return image
+
+    def _batch(self, image: torch.Tensor, fed: _Fed) -> Batch:
+        """The pictures with all that belongs to them."""
         ok = np.ones(len(fed.rows), bool)
         for fault in fed.faults:
             ok[fed.rows == fault.row] = False

@@ -78,6 +78,31 @@ def test_batches_stay_as_they_are_when_later_ones_come(store):
     assert all(torch.equal(a, b) for a, b in kept)
 
 
+def test_a_batch_stays_as_it_is_for_what_is_queued_on_it(store):
+    """Here training is far behind the host, which has let go of the batch long ago."""
+    expected = [batch["image"] for batch in batches(store, batch_size=2)]
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2), seed=5, device="cuda") as loader:
+        copies = []
+        for batch in loader.epoch(2):
+            torch.cuda._sleep(200_000_000)
+            copies.append(batch["image"].clone())
+            del batch
+    assert all(torch.equal(a, b) for a, b in zip(copies, expected, strict=True))
+
+
+def test_levels_are_uploaded_for_the_device_cache_without_waiting_for_training(store):
+    settings = LoaderSettings(batch_size=2, cache="device", sampling="natural")
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5, device="cuda") as loader:
+        running = loader.epoch(0)
+        next(running)
+        torch.cuda._sleep(4_000_000_000)
+        behind = torch.cuda.current_stream().record_event()
+        taken = [next(running) for _ in range(3)]
+        assert loader.cache.misses > 2
+        assert not behind.query()
+        assert all(batch["image"].isfinite().all() for batch in taken)
+
+
 def test_decoded_arrays_give_the_same_bits_as_tiles(store):
     def level(row, name):
         return read_level(store.root / store.manifest[level_column("path", name)].iloc[row])

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,43 @@ def test_batches_stay_as_they_are_when_later_ones_come(store):
     with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2, threads=2), seed=5) as loader:
         kept = [(batch["image"], batch["image"].clone()) for batch in loader.epoch(0)]
     assert all(torch.equal(a, b) for a, b in kept)
+
+
+class Event:
+    """A CUDA event that comes to pass when the test says so; also the stream that records it."""
+
+    def __init__(self):
+        self.past = False
+
+    def record_event(self):
+        return self
+
+    def query(self):
+        return self.past
+
+    def synchronize(self):
+        self.past = True
+
+
+def test_what_a_gpu_may_still_read_is_kept_until_it_has_come_past_it():
+    lent, events = loader_module.Lent(), [Event() for _ in range(4)]
+    buffers = [torch.zeros(1) for _ in events]
+    alive = [weakref.ref(buffer) for buffer in buffers]
+
+    def held():
+        return [reference() is not None for reference in alive]
+
+    for number in range(3):
+        lent.keep(buffers[number], events[number])
+        buffers[number] = None
+    assert held() == [True, True, True, True]
+    events[0].past = events[2].past = True  # in the order of their stream the second comes before the third
+    lent.keep(buffers[3], events[3])
+    buffers[3] = None
+    assert held() == [False, True, True, True]
+    lent.close()
+    assert events[3].past
+    assert held() == [False] * 4
 
 
 def test_a_closed_loader_leaves_no_threads(store):

@@ -41,10 +41,10 @@ def analyse(model: MammoModel, images: Tensor, repeats: int = 3) -> list[Stage]:
     training = model.training
     model.eval()
     stages = dict(_stages(model))
+    counter = FlopCounterMode(display=False)
+    with torch.enable_grad(), counter:  # without gradients it fails on some models, such as CaiT
+        model(images)
     with torch.inference_mode():
-        counter = FlopCounterMode(display=False)
-        with counter:
-            model(images)
         flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
         best: dict[str, tuple[float, int]] = {}
         for _ in range(repeats):

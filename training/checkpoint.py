@@ -62,7 +62,6 @@ def save(folder: Path, state: dict[str, Any], described: dict[str, Any], keep: i
     path = folder / f"step-{described['step']:08d}.pt"
     head = {"version": VERSION, "file": path.name, "sha256": hashlib.sha256(data).hexdigest(), **described}
     try:
-        path.with_suffix(".json").unlink(missing_ok=True)  # a step saved again must not be judged by it
         write_atomically(path, data)
         write_atomically(path.with_suffix(".json"), (json.dumps(head, indent=1) + "\n").encode())
     except OSError as error:

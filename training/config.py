@@ -1,4 +1,4 @@
-"""CFG: the one tree of settings, from defaults, a preset or file, `--set` overrides and debug mode, in that order."""
+"""CFG: the one tree of settings, from defaults, a preset or file, debug mode and `--set` overrides, in that order."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import ConfigError
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 _Id = Annotated[str, Field(coerce_numbers_to_str=True)]  # which most are, and few write in quotes
@@ -170,10 +170,19 @@ class Config(_Settings):
     monitor: MonitorSettings = Field(default_factory=MonitorSettings, description="Watching and logging.")
     debug: bool = Field(default=False, description="A subset of the data and few steps, to see that everything runs.")
 
+    @model_validator(mode="after")
+    def _graphs(self) -> Config:
+        if self.model.compile_mode != "default" and self.train.accumulate > 1:
+            raise ValueError(
+                f"model.compile_mode = '{self.model.compile_mode}' records CUDA graphs, in whose memory gradients do "
+                "not add up: it needs train.accumulate = 1"
+            )
+        return self
+
 
 CFG = Config()
 
-# What debug mode sets; an explicit --set still wins.
+# What debug mode sets; an explicit --set still wins, and so does a file that has `debug: true` itself, as a run's has.
 DEBUG_OVERRIDES: dict[str, Any] = {
     "data.max_images": 48,
     "train.epochs": 2,
@@ -196,21 +205,23 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] = (
     Args:
         source: a preset's name (`presets()`) or a YAML file; None for the mission's defaults.
         overrides: `a.b=c` assignments, later ones winning; the value is read as YAML.
-        debug: apply `DEBUG_OVERRIDES` before the overrides.
+        debug: apply `DEBUG_OVERRIDES` before the overrides; `debug=true` among these does it too.
 
     Raises:
         ConfigError: the file is missing or is no mapping, a name is unknown, or a value is impossible.
     """
     tree = _read(source) if source is not None else {}
-    if debug or tree.get("debug") is True:
-        tree["debug"] = True
-        for path, value in DEBUG_OVERRIDES.items():
-            _assign(tree, path, value, "debug mode")
-    for text in overrides:
-        path, sign, value = text.partition("=")
-        if not sign or not path.strip():
-            raise ConfigError(f"--set {text}: expected NAME=VALUE such as train.lr=3e-4.")
-        _assign(tree, path.strip(), _scalar(value), f"--set {text}")
+    assignments = [_assignment(text) for text in overrides]
+    own = _is_true(tree.get("debug"))
+    debug |= own
+    for path, value, _ in assignments:
+        debug = _is_true(value) if path == "debug" else debug
+    if debug:
+        for path, value in (DEBUG_OVERRIDES | {"debug": True}).items():
+            if not (own and _has(tree, path)):
+                _assign(tree, path, value, "debug mode")
+    for path, value, where in assignments:
+        _assign(tree, path, value, where)
     return checked(Config, tree, str(source) if source is not None else "the configuration", overrides)
 
 
@@ -270,6 +281,30 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {source}: expected sections such as 'train:', found {type(tree).__name__}.")
     return tree
+
+
+def _assignment(text: str) -> tuple[str, Any, str]:
+    """Name and value of a `--set`, and how messages call it."""
+    path, sign, value = text.partition("=")
+    if not sign or not path.strip():
+        raise ConfigError(f"--set {text}: expected NAME=VALUE such as train.lr=3e-4.")
+    return path.strip(), _scalar(value), f"--set {text}"
+
+
+def _is_true(value: Any) -> bool:
+    """As the tree reads it; what it cannot read is not, and is refused there."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
+
+
+def _has(tree: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _scalar(text: str) -> Any:

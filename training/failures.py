@@ -20,8 +20,8 @@ _GPU_SIGNS = ("CUDA error", "CUDA runtime API error", "CUDA driver API error", "
 
 @contextmanager
 def training_advice(config: Config) -> Iterator[None]:
-    """Turn running out of memory, a GPU that fails and a model that does not compile into a `RunError` that says what
-    to do."""
+    """Turn running out of memory, a GPU that fails, a model that does not compile and a batch that is too small for
+    batch normalisation into a `RunError` that says what to do."""
     after = "and run the same command with --resume. The last checkpoint is sound."
     try:
         with _told(_lower_training(config), after):
@@ -31,6 +31,14 @@ def training_advice(config: Config) -> Iterator[None]:
             raise RunError(
                 f"model.compile = true: torch could not compile {config.model.backbone} here ({_line(str(error))}); "
                 "mend its compiler (--traceback shows what it said), or set model.compile=false."
+            ) from error
+        raise
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise RunError(
+                f"data.loader.batch_size = {config.data.loader.batch_size}: {config.model.backbone} shrinks a picture "
+                f"of {config.pipeline.height} × {config.pipeline.width} to one cell, of which batch normalisation "
+                "needs two or more. Raise the batch size, or pipeline.height and width."
             ) from error
         raise
 

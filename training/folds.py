@@ -163,7 +163,7 @@ def _check_classes(rows: pd.DataFrame, assignment: np.ndarray, folds: int) -> No
 def _split(rows: pd.DataFrame, settings: DataSettings) -> np.ndarray:
     """StratifiedGroupKFold on cancer, grouped by patient; the fold of each row."""
     classes = pd.factorize(rows["cancer"], use_na_sentinel=False)[0]  # unknown is a class of its own
-    splitter = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=settings.seed % 2**32)
+    splitter = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=settings.seed)
     assignment = np.full(len(rows), -1, dtype=np.int64)
     with warnings.catch_warnings():
         # A handful of unlabelled images may be fewer than the folds.

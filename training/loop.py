@@ -140,8 +140,10 @@ def train_epoch(
                 parts.ema.update(parts.model, step=at.step)
         if guard.is_due():
             guard.check()
+            _require_scale(parts.scaler)
         after_step(at, guard)
     guard.check()
+    _require_scale(parts.scaler)
 
 
 @dataclass
@@ -233,6 +235,18 @@ class FiniteGuard:
 def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
     """A seed for torch's generators that follows from the position alone."""
     return int(np.random.SeedSequence((seed, epoch, batch, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _require_scale(scaler: torch.amp.GradScaler) -> None:
+    """Scaling passes over steps whose gradients are not finite and halves its factor each time: see that some are.
+
+    The factor begins at 65536; below 1 it would not be overflow that it mends.
+    """
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise RunError(
+            "train.precision = fp16: the gradients of many steps, one after the other, were not finite, even unscaled. "
+            "Set train.precision=bf16 or fp32, or lower train.lr; what was saved before is sound."
+        )
 
 
 def _without_exchange(module: nn.Module, unless: bool) -> AbstractContextManager[Any]:

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from preprocessing.errors import ConfigError
 from training.config import ModelSettings, TrainSettings
@@ -98,13 +97,17 @@ class Loss:
     def per_sample(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each sample, [B]; labels in [0, 1].
 
-        Focal: Lin et al. 2017, equation 5, as torchvision has it (the positive class's weight multiplies it).
+        Focal: Lin et al. 2017, equation 5 (the positive class's weight multiplies it). For labels between 0 and 1, of
+        smoothing or mixed pictures, 1 - p_t becomes |label - p| (the quality focal loss of Li et al. 2020): the loss
+        then is least where p is the label, as cross-entropy's is.
         """
         smoothed = labels * (1 - self.train.label_smoothing) + 0.5 * self.train.label_smoothing
+        losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
         if self.train.loss == "focal":
-            losses = sigmoid_focal_loss(logits, smoothed, self.train.focal_alpha, self.train.focal_gamma)
-        else:
-            losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
+            if self.train.focal_gamma:
+                losses = losses * (smoothed - torch.sigmoid(logits)).abs() ** self.train.focal_gamma
+            if self.train.focal_alpha >= 0:
+                losses = losses * (self.train.focal_alpha * smoothed + (1 - self.train.focal_alpha) * (1 - smoothed))
         return losses * (1 + (self.positive_weight - 1) * labels)
 
     def _mean(self, losses: Tensor, known: Tensor) -> Tensor:

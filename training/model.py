@@ -63,8 +63,11 @@ def _freeze(backbone: nn.Module, settings: ModelSettings) -> None:
     """Take the stem and the first stages out of training; their batch statistics still follow the pictures."""
     if not settings.freeze_stages:
         return
-    matcher = backbone.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
-    stage_of = group_parameters(backbone, matcher, reverse=True)
+    try:
+        matcher = backbone.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+        stage_of = group_parameters(backbone, matcher, reverse=True)
+    except (AssertionError, AttributeError):
+        raise ConfigError(f"model.freeze_stages: '{settings.backbone}' has no stages to freeze; set it to 0.") from None
     stages = sorted(set(stage_of.values()))
     if settings.freeze_stages >= len(stages) - 1:
         raise ConfigError(
@@ -159,11 +162,6 @@ class MammoModel(nn.Module):
         x = x.to(self.head.weight.dtype)
         features = cast(nn.Module, self.backbone).forward_features(x)  # pyright: ignore[reportCallIssue]
         return _head_norm(self.backbone)(_as_map(features, self.backbone))
-
-    @torch.no_grad()
-    def embeddings(self, x: Tensor) -> Tensor:
-        """Pooled features, float32 [B, F]: a description of the picture for other uses."""
-        return self.outputs(x)["embedding"]
 
 
 class EveryHead(nn.Module):

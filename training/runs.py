@@ -265,10 +265,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def drop_records_after(path: Path, step: int) -> None:
-    """Forget the lines of metrics.jsonl that lie after a step: a resumed run writes them again."""
+def drop_records_after(path: Path, epoch: int, step: int) -> None:
+    """Forget the lines of metrics.jsonl that a run resumed in an epoch (from 0), after a step, writes again."""
+
+    def stays(record: dict[str, Any]) -> bool:
+        ended = record.get("kind") != "epoch" or record["epoch"] < epoch
+        return ended and int(record.get("step") or 0) <= step
+
     if path.is_file():
-        kept = [record for record in read_records(path) if int(record.get("step") or 0) <= step]
+        kept = [record for record in read_records(path) if stays(record)]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 

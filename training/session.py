@@ -90,7 +90,7 @@ class Session:
         self.at, self.best = Position(), Best()
         self.spent = 0.0  # seconds of training before this process
         self.loader: Any = None
-        self.damaged = 0  # tiles that loaders of earlier sizes could not use
+        self.damaged: set[int] = set()  # training rows whose tile loaders of earlier sizes could not use
         self._last_epoch: dict[str, Any] = {}  # the record of the epoch that this process trained last
 
     def __enter__(self) -> Session:
@@ -162,7 +162,7 @@ class Session:
         if self.loader is not None:
             if pipeline == self._pipeline:
                 return
-            self.damaged += len(self.loader.bad_samples)
+            self.damaged |= set(self.loader.bad_samples)
             self._loaders.close()
             log.info("Training pictures are now of %d × %d pixels.", pipeline.height, pipeline.width)
         config = self.config.model_copy(update={"pipeline": pipeline})
@@ -213,10 +213,11 @@ class Session:
             )
         due = time.monotonic() - self.saved_at > 60 * settings.checkpoint_minutes
         due |= bool(settings.checkpoint_steps) and at.step % (settings.checkpoint_steps or 1) == 0
-        if due and at.batch < at.batches:  # _end_epoch saves after the last, with its validation
+        stop, due = self.stop.agreed(self.place, due and at.batch < at.batches)
+        if due:  # _end_epoch saves after the last, with its validation
             guard.check()
             self._save()
-        if self.stop.agreed(self.place):
+        if stop:
             guard.check()
             self._leave()
 
@@ -224,6 +225,7 @@ class Session:
         """Validate, log, keep the best model, save, and move on to the next epoch."""
         at, settings = self.at, self.config.train
         predictions, loss, bad = self._validate()
+        damaged = set().union(*self.place.gather(self.damaged | set(self.loader.bad_samples)))
         breasts = metrics.per_breast(predictions, settings.aggregate)
         figures = metrics.summarise(breasts["cancer"], breasts["prediction"])
         value = figures[settings.metric]
@@ -241,7 +243,7 @@ class Session:
             "drawn": dict(self.loader.drawn(at.epoch, at.batches)),
             "best": is_best,
             "memory_mb": round(_peak_memory(self.device) / 2**20, 1),
-            "bad_samples": bad + self.damaged + len(self.loader.bad_samples),
+            "bad_samples": bad + len(damaged),
         }
         self._last_epoch = record
         self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
@@ -259,7 +261,7 @@ class Session:
         at.epoch, at.batch = at.epoch + 1, 0
         at.loss_sum.zero_()
         self._save()
-        if self.stop.agreed(self.place) and at.epoch < settings.epochs:
+        if self.stop.agreed(self.place)[0] and at.epoch < settings.epochs:
             self._leave()
 
     def _validate(self) -> tuple[pd.DataFrame, float, int]:
@@ -287,7 +289,7 @@ class Session:
         done, total = 0, len(self.held_out)
         of_all = total // self.place.size // self.config.data.loader.val_batch_size  # batches that every process has
         for number, batch in enumerate(batches):
-            if number < of_all and self.stop.agreed(self.place):
+            if number < of_all and self.stop.agreed(self.place)[0]:
                 self._leave()
             yield batch
             done = min(done + len(batch["index"]) * self.place.size, total)
@@ -305,7 +307,7 @@ class Session:
             self._restore(state)
             log.info("Continuing %s at epoch %d, batch %d.", self.folder, self.at.epoch + 1, self.at.batch)
             if self.place.is_main:
-                runs.drop_records_after(self.folder / runs.RECORDS, described["step"])
+                runs.drop_records_after(self.folder / runs.RECORDS, described["epoch"], described["step"])
         elif self.place.is_main:
             environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
             environment["held_out"] = held_out_digest(self.store, self.fold)
@@ -319,10 +321,12 @@ class Session:
         self.place.barrier()
 
     def _save(self) -> None:
+        """Write a checkpoint; every process calls it, and the first one writes."""
         self.saved_at = time.monotonic()
+        at, parts = self.at, self.parts
+        loss_sum = self.place.sum(at.loss_sum) / self.place.size
         if not self.place.is_main:
             return
-        at, parts = self.at, self.parts
         state = {
             "model": parts.model.state_dict(),
             "ema": parts.ema.module.state_dict() if parts.ema is not None else None,
@@ -334,7 +338,7 @@ class Session:
                 "batches": at.batches,
                 "global_batch": self._global_batch(),
                 "step": at.step,
-                "loss_sum": at.loss_sum.detach().cpu(),
+                "loss_sum": loss_sum.detach().cpu(),
             },
             "best": asdict(self.best),
             "seconds": self.spent + time.monotonic() - self.started,
@@ -368,8 +372,9 @@ class Session:
         """Another number of processes makes another global batch: go on at the same sample."""
         at, accumulate = self.at, self.config.train.accumulate
         samples = position["batch"] * position["global_batch"]
-        at.batch = samples // self._global_batch()
-        at.batch -= at.batch % accumulate
+        at.batch = min(samples // self._global_batch(), at.batches)
+        if at.batch < at.batches:
+            at.batch -= at.batch % accumulate
         at.loss_sum *= at.batch / max(position["batch"], 1)
         log.warning(
             "The global batch is %d instead of %d: continuing after %d of the epoch's samples.",

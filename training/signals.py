@@ -31,12 +31,13 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         self._restore()
 
-    def agreed(self, world: World) -> bool:
-        """Whether to stop. Several processes agree on it, between themselves and without waiting for their GPUs: asked
-        after every step, for torchrun kills what has not ended 30 s after the signal."""
+    def agreed(self, world: World, due: bool = False) -> tuple[bool, bool]:
+        """Whether to stop, and whether what is `due` to one of them is so to all. Several processes agree on both,
+        between themselves and without waiting for their GPUs: asked after every step, for torchrun kills what has not
+        ended 30 s after the signal."""
         if world.size > 1:
-            self._received = int(world.max(torch.tensor(self._received)))
-        return self._received != 0
+            self._received, due = world.max(torch.tensor([self._received, due])).tolist()
+        return self._received != 0, bool(due)
 
     @property
     def name(self) -> str:

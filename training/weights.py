@@ -37,6 +37,10 @@ def load_pretrained(model: MammoModel, settings: ModelSettings, in_chans: int) -
     Raises:
         InputError: the weights asked for cannot be had, or do not fit. `auto` never raises: it warns.
     """
+    if settings.weights_file and settings.weights != "file":
+        raise InputError(
+            f"model.weights_file = {settings.weights_file} goes with model.weights = file, which is {settings.weights}."
+        )
     if settings.weights == "auto":
         return _load_any(model, settings, in_chans)
     if settings.weights == "timm":
@@ -73,13 +77,34 @@ def _load_timm(model: MammoModel, settings: ModelSettings, in_chans: int) -> str
     if described.get("hf_hub_id") and not _is_cached(str(where)):
         _check_hub(settings.backbone)
     try:
-        timm_load_pretrained(backbone, num_classes=0, in_chans=in_chans, strict=False)
+        timm_load_pretrained(backbone, num_classes=0, in_chans=in_chans, filter_fn=_of_timm, strict=False)
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"model.weights = timm: those of {settings.backbone} could not be loaded "
             f"({' '.join(str(error).split())[:200]}); {_WAYS_OUT}."
         ) from None
     return f"timm {where}"
+
+
+def _named_as_here(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names that they have without timm's own pooling and head: the last normalisation
+    of many transformers then stands before the pooling instead of after it."""
+    found = dict(state)
+    for name in backbone.state_dict():
+        if name.startswith("norm.") and name not in found and f"fc_{name}" in found:
+            found[name] = found.pop(f"fc_{name}")
+    return found
+
+
+def _of_timm(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """The same, for timm's own loading, which passes over what lacks without a word."""
+    found, own = _named_as_here(state, backbone), list(backbone.state_dict())
+    if lacking := [name for name in own if name not in found]:
+        log.warning(
+            "The weights lack %d of the backbone's %d tensors, which start from random values: %s.",
+            *(len(lacking), len(own), f"{', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}"),
+        )
+    return found
 
 
 def _is_cached(hub_id: str) -> bool:
@@ -169,12 +194,14 @@ def _rename_in_order(source: dict[str, Tensor], model: MammoModel) -> dict[str, 
 def _fill(model: MammoModel, state: dict[str, Tensor], in_chans: int, where: str) -> None:
     """Load into the backbone, the first convolution adapted to the input channels as timm does (summed for one)."""
     backbone = cast(nn.Module, model.backbone)
-    first = cast(dict, backbone.pretrained_cfg).get("first_conv")
+    state = _named_as_here(state, backbone)
+    first = cast(dict, backbone.pretrained_cfg).get("first_conv") or ()
     own = backbone.state_dict()
-    if isinstance(first, str) and f"{first}.weight" in state:
-        weight = state[f"{first}.weight"]
-        if weight.ndim == 4 and weight.shape[1] == 3 and own[f"{first}.weight"].shape[1] != 3:
-            state = {**state, f"{first}.weight": adapt_input_conv(in_chans, weight)}
+    for name in (f"{each}.weight" for each in ((first,) if isinstance(first, str) else first)):
+        if name in state and name in own:
+            weight = state[name]
+            if weight.ndim == 4 and weight.shape[1] == 3 and own[name].shape[1] != 3:
+                state[name] = adapt_input_conv(in_chans, weight)
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     if wrong:
         raise InputError(

@@ -27,6 +27,8 @@ from training import evaluate as evaluation
 from training import fit, folds, predict, report, runs
 from training.config import Config
 from training.console import Console
+from training.device import pick_device
+from training.distributed import world
 from training.monitor import watched
 
 log = logging.getLogger(__name__)
@@ -74,10 +76,14 @@ def train_folds(
 ) -> Iterator[fit.FitSummary]:
     """Train the folds named, or all of the store's, one after the other; yields each fold's summary as it ends."""
     opened = open_store(store)
-    if numbers is None:
-        numbers = sorted(folds.read_or_make_folds(opened, config.data)["fold"].unique())
-    for fold in numbers:
-        yield fit.fit(config, opened, int(fold), out, resume=resume, command=shlex.join(sys.argv), console=console)
+    with world(pick_device(config.train.device)) as place:  # torchrun's processes meet once for all folds
+        if numbers is None:
+            if place.is_main:
+                folds.read_or_make_folds(opened, config.data)
+            place.barrier()
+            numbers = sorted(folds.read_folds(opened)["fold"].unique())
+        for fold in numbers:
+            yield fit.fit(config, opened, int(fold), out, resume=resume, command=shlex.join(sys.argv), console=console)
 
 
 def run_all(job: Job, console: Console) -> Outcome:

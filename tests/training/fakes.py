@@ -1,6 +1,7 @@
 """A small store on disk and plain stand-ins for Loader and monitor, so that training is tested by itself.
 
-`python -m tests.training.fakes STORE OUT [a.b=c ...]` trains fold 0 in a process of its own, to be killed by tests.
+`python -m tests.training.fakes STORE OUT [a.b=c ...]` trains fold 0, or every fold with FOLDS=all in the environment,
+in a process of its own, to be killed by tests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from preprocessing.manifest import STORE_VERSION, Store, open_store
 from preprocessing.settings import ConvertSettings
-from training import checkpoint, fit, session
+from training import checkpoint, fit, session, workflow
 from training.config import load_config
 
 SIZE = 32
@@ -228,7 +229,12 @@ def main() -> None:
     moment = os.environ.get("KILL_AT")
     if moment and os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0"):
         kill_at(moment)
-    print(fit.fit(small_config(*overrides), store, 0, Path(out), resume=True))  # noqa: T201
+    config = small_config(*overrides)
+    if os.environ.get("FOLDS") == "all":
+        for summary in workflow.train_folds(config, Path(store), None, Path(out), resume=True, console=None):
+            print(summary)  # noqa: T201
+    else:
+        print(fit.fit(config, store, 0, Path(out), resume=True))  # noqa: T201
 
 
 if __name__ == "__main__":

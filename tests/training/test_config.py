@@ -99,6 +99,23 @@ def test_debug_mode_takes_a_subset_and_an_explicit_override_wins():
     assert config.train.max_steps == 9
 
 
+@pytest.mark.parametrize("asked", ["--set debug=true", "--set debug=1", "file"])
+def test_debug_mode_is_one_thing_wherever_it_is_asked_for(tmp_path, asked):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {lr: 0.01}\n" + ("debug: 1\n" if asked == "file" else ""))
+    overrides = () if asked == "file" else (asked.removeprefix("--set "),)
+    assert load_config(path, overrides) == load_config(path, debug=True)
+    assert load_config(path, (*overrides, "debug=false")).train.max_steps is None
+
+
+def test_a_debug_runs_own_configuration_reads_back_equal(tmp_path):
+    config = load_config(None, ("train.max_steps=1", "train.epochs=1"), debug=True)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load_config(path) == load_config(path, debug=True) == config
+    assert load_config(path, ("train.epochs=2",)).train.max_steps == 1
+
+
 def test_a_saved_configuration_reads_back_equal(tmp_path):
     config = load_config("high-resolution", ("model.aux=[density]", "train.class_weights=2.5"))
     path = tmp_path / "config.yaml"
@@ -117,6 +134,8 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
         ("train.lr.x=1", "unknown setting|is a value|train.lr"),
         ("pipeline.fixed_low=5000", r"fixed_high \(4095\.0\) must be above fixed_low \(5000"),
         ("model.weights=file", "weights_file"),
+        ("train.warmup_epochs=.inf", r"train\.warmup_epochs = inf: input should be a finite number"),
+        ("pipeline.mean=.nan", r"pipeline\.mean = nan: input should be a finite number"),
         ("data.folds=two", r"data\.folds = 'two'"),
         ("train.covariates=age", r"train\.covariates = 'age': expected a list, such as \[age\]"),
         ("train.covariates=[height]", r"^--set: train\.covariates\.0 = 'height'"),

@@ -148,6 +148,16 @@ def test_with_more_ranks_the_schedule_ends_at_its_end_and_checkpoints_are_the_ne
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ddp")
+def test_all_folds_are_trained_in_one_call(tmp_path):
+    """Also those that nobody has made yet."""
+    fakes.make_store(tmp_path / "store")
+    done = _launch(2, tmp_path / "store", tmp_path / "run", *SAME, TWO, "train.max_steps=2", FOLDS="all")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [fold.fold for fold in runs.open_run(tmp_path / "run").folds if fold.finished] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize(("batches", "epoch"), [(1, 0), (12, 0)], ids=["training", "validation"])
 def test_ranks_of_slow_steps_leave_together_before_torchrun_kills_them(runs_of_one_and_two, tmp_path, batches, epoch):
     slow = {"SERVED": str(tmp_path / "served"), "SLOW_FROM": str(batches)}
@@ -165,7 +175,9 @@ def test_ranks_of_slow_steps_leave_together_before_torchrun_kills_them(runs_of_o
     done = _launch(2, runs_of_one_and_two / "store", tmp_path / "run", *SAME, TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     _assert_same_gradients(runs_of_one_and_two / "two", tmp_path / "run")
-    assert runs.open_run(tmp_path / "run").folds[0].finished
+    fold, whole = (runs.open_run(run).folds[0] for run in (tmp_path / "run", runs_of_one_and_two / "two"))
+    assert fold.finished
+    assert fold.records("epoch")[0]["train_loss"] == pytest.approx(whole.records("epoch")[0]["train_loss"], rel=1e-5)
 
 
 def test_one_process_alone_exchanges_nothing(monkeypatch):

@@ -91,6 +91,13 @@ def test_a_model_that_does_not_compile_says_what_to_set():
         raise InductorError("CppCompileError: C++ compile error\nmany lines")
 
 
+def test_a_batch_too_small_for_batch_normalisation_says_what_to_raise():
+    config, norm = fakes.small_config("data.loader.batch_size=1"), torch.nn.BatchNorm2d(4)
+    message = r"batch_size = 1: resnet10t shrinks a picture of 32 × 32 to one cell"
+    with pytest.raises(RunError, match=message), training_advice(config):
+        norm(torch.zeros(1, 4, 1, 1))
+
+
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="shapes"), training_advice(fakes.small_config()):
         raise RuntimeError("shapes do not fit")

@@ -186,6 +186,34 @@ def test_validation_predicts_each_row_once_without_changing_the_model(store):
     np.testing.assert_array_equal(found.prediction[: len(expected)], expected)
 
 
+def test_gradients_that_stay_infinite_in_fp16_end_the_run(store):
+    """Loss scaling passes over each such step, and would do so for ever."""
+    parts, loader, _ = _parts(store)
+    parts.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    parts.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(RunError, match=r"train\.precision = fp16: the gradients of many steps"):
+        train_epoch(
+            parts, list(loader.epoch(0))[:6], Position(batches=6), fakes.FakeMonitor(None), lambda at, guard: None
+        )
+
+
+@pytest.mark.parametrize("share", [2, 3])
+def test_a_run_resumed_on_fewer_processes_past_its_last_step_goes_on_with_validation(
+    store, tmp_path, monkeypatch, share
+):
+    config = fakes.small_config("train.epochs=1", "train.max_steps=4", "train.checkpoint_steps=3")
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Session, "_end_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(config, store, 0, tmp_path / "run")
+    folder = tmp_path / "run/fold0/checkpoints"
+    state, described = checkpoint.newest(folder)
+    state["position"]["global_batch"] *= share
+    own = {key: value for key, value in described.items() if key not in ("version", "file", "sha256")}
+    checkpoint.save(folder, state, own, keep=1)
+    assert fit.fit(config, store, 0, tmp_path / "run", resume=True).epochs == 1
+
+
 def test_bf16_trains_close_to_float32(store):
     losses = {}
     for precision in ("fp32", "bf16"):

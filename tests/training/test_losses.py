@@ -58,6 +58,15 @@ def test_label_smoothing_moves_labels_towards_a_half():
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize(("label", "smoothing", "least"), [(1.0, 0.2, 0.9), (0.0, 0.1, 0.05), (0.7, 0.0, 0.7)])
+def test_the_focal_loss_is_least_at_a_smoothed_or_mixed_label(gamma, label, smoothing, least):
+    p = torch.linspace(0.01, 0.99, 99)
+    settings = {"focal_gamma": gamma, "label_smoothing": smoothing}
+    losses = _loss(loss="focal", **settings).per_sample(torch.logit(p), torch.full_like(p, label))
+    assert float(p[losses.argmin()]) == pytest.approx(least, abs=0.001)
+
+
 @pytest.mark.parametrize("loss", ["bce", "focal"])
 def test_damaged_and_unlabelled_samples_take_no_part_and_leave_no_gradient(loss):
     logits = torch.tensor([*LOGITS.tolist(), 40.0, 5.0], requires_grad=True)

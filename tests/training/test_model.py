@@ -48,7 +48,6 @@ def test_forward_is_cancers_logits_alone_and_every_head_has_them_all():
     with torch.inference_mode():
         assert torch.equal(model(x), model.outputs(x)["cancer"])
         assert torch.equal(EveryHead(model)(x)["density"], model.outputs(x)["density"])
-        assert torch.equal(model.embeddings(x), model.outputs(x)["embedding"])
 
 
 def test_half_precision_pictures_are_taken_by_a_float32_model():
@@ -188,6 +187,49 @@ def test_a_local_file_is_loaded_whatever_its_kind(tmp_path):
             assert torch.equal(model.backbone.state_dict()[key], value)
 
 
+def _from_file(tmp_path, backbone, source, in_chans=1):
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    settings = ModelSettings(backbone=backbone, weights="file", weights_file=str(tmp_path / "w.safetensors"))
+    model = build_model(ModelSettings(backbone=backbone, drop_path=0), in_chans)
+    weights.load_pretrained(model, settings, in_chans)
+    return model.backbone
+
+
+def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_stands(tmp_path, monkeypatch, caplog):
+    name = "vit_wee_patch16_reg1_gap_256"
+    source = timm.create_model(name, num_classes=10)
+    torch.nn.init.constant_(source.fc_norm.weight, 3.0)
+    assert _from_file(tmp_path, name, source, 3).norm.weight.unique().tolist() == [3.0]
+
+    def load(backbone, filter_fn, **how):
+        backbone.load_state_dict(filter_fn(source.state_dict(), backbone), strict=False)
+
+    monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
+    monkeypatch.setattr(weights, "timm_load_pretrained", load)
+    settings = ModelSettings(backbone=name, weights="timm", drop_path=0)
+    for lacking in ((), ("blocks.0.norm1.weight",)):
+        for key in lacking:
+            state = source.state_dict()
+            monkeypatch.setattr(source, "state_dict", lambda s=state, k=key: {n: v for n, v in s.items() if n != k})
+        model = build_model(settings, 3)
+        assert weights.load_pretrained(model, settings, 3).startswith("timm ")
+        assert model.backbone.norm.weight.unique().tolist() == [3.0]
+        assert ("The weights lack 1 of the backbone's" in caplog.text) == bool(lacking)
+
+
+def test_a_network_with_two_first_convolutions_is_adapted_to_grey_pictures(tmp_path):
+    source = timm.create_model("mobileone_s0", num_classes=0)
+    found, own = (
+        backbone.stem.conv_kxk[0].conv.weight for backbone in (_from_file(tmp_path, "mobileone_s0", source), source)
+    )
+    assert torch.allclose(found, own.sum(1, keepdim=True))
+
+
+def test_a_weights_file_that_nothing_asks_for_is_refused():
+    with pytest.raises(InputError, match=r"weights_file = w\.pth goes with model\.weights = file, which is none"):
+        weights.load_pretrained(_model(), ModelSettings(weights="none", weights_file="w.pth"), 1)
+
+
 def test_a_file_that_is_no_weights_or_does_not_fit_is_refused(tmp_path):
     def load(path):
         settings = ModelSettings(backbone="resnet10t", weights="file", weights_file=str(path))
@@ -267,3 +309,5 @@ def test_frozen_stages_are_the_first_ones_and_no_gradient_reaches_them(backbone)
 def test_freezing_everything_is_refused():
     with pytest.raises(ConfigError, match="leave at least one to train"):
         _model(freeze_stages=9)
+    with pytest.raises(ConfigError, match=r"freeze_stages: 'poolformer_s12' has no stages to freeze; set it to 0"):
+        _model(backbone="poolformer_s12", freeze_stages=1)

@@ -30,8 +30,28 @@ def test_each_share_has_an_equal_part_of_the_epochs():
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7])
 def test_the_last_epochs_are_at_the_last_share(epochs):
-    shares = [0.5, 1] if epochs > 1 else [1]
-    assert _sizes(f"train.epochs={epochs}", f"train.progressive={shares}")[-1] == (512, 512)
+    assert _sizes(f"train.epochs={epochs}", "train.progressive=[0.5,0.75,1]")[-1] == (512, 512)
+
+
+def test_no_share_is_larger_than_the_whole():
+    shape = ("pipeline.height=50", "pipeline.width=40")
+    assert _sizes("train.epochs=2", "train.progressive=[0.9,1]", *shape)[0] == (32, 32)
+    assert _sizes("train.epochs=2", "train.progressive=[0.99,1]", *shape)[0] == (50, 32)
+
+
+def test_a_damaged_tile_counts_once_in_all_sizes(tmp_path, monkeypatch):
+    fakes.use_fakes(monkeypatch)
+    made = fakes.FakeLoader.__init__
+
+    def damaged(self, *arguments, **more):
+        made(self, *arguments, **more)
+        self.bad_samples = {1: "torn", 5: "torn"} if self.train else {}
+
+    monkeypatch.setattr(fakes.FakeLoader, "__init__", damaged)
+    config = fakes.small_config("train.progressive=[0.5,1]", "pipeline.height=64", "pipeline.width=64")
+    fit.fit(config, fakes.make_store(tmp_path / "store"), 0, tmp_path / "run")
+    records = runs.open_run(tmp_path / "run").folds[0].records("epoch")
+    assert [record["bad_samples"] for record in records] == [2, 2]
 
 
 def test_without_shares_every_epoch_is_at_full_size():
@@ -81,6 +101,11 @@ def test_the_compilers_mode_is_passed_on(tmp_path, monkeypatch, mode, passed):
 def test_a_compilers_mode_without_the_compiler_is_refused():
     with pytest.raises(ConfigError, match="compile_mode = 'max-autotune' needs compile = true"):
         fakes.small_config("model.compile_mode=max-autotune")
+
+
+def test_cuda_graphs_do_not_add_up_gradients():
+    with pytest.raises(ConfigError, match=r"compile_mode = 'reduce-overhead' records CUDA graphs.*accumulate = 1"):
+        fakes.small_config("model.compile=true", "model.compile_mode=reduce-overhead", "train.accumulate=2")
 
 
 def test_each_size_is_compiled_by_itself(tmp_path, monkeypatch):

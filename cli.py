@@ -267,13 +267,17 @@ def verify(ctx: click.Context, store: Path) -> None:
 @main.command("augment-preview")
 @_store
 @click.option("--out", type=_PATH, default=Path("augment.png"), show_default=True, help="PNG to write.")
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the changes drawn.")
-def augment_preview(store: Path, out: Path, seed: int) -> None:
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the changes drawn.")
+@_config
+@_set
+def augment_preview(store: Path, out: Path, seed: int, config_source: str | None, overrides: tuple[str, ...]) -> None:
     """Draw a sheet of pictures as they are and as training's augmentation changes them."""
     from dali_pipes.preview import draw_sheet
     from preprocessing.manifest import open_store
+    from training.config import load_config
 
-    click.echo(f"Augmentation sheet: {draw_sheet(open_store(store), out, seed=seed)}")
+    pipeline = load_config(config_source, overrides).pipeline
+    click.echo(f"Augmentation sheet: {draw_sheet(open_store(store), out, pipeline, seed=seed)}")
 
 
 @main.command()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import cv2
@@ -22,7 +23,7 @@ from dali_pipes.cache import LevelCache, shared_cache
 from dali_pipes.feed import Uses, feed
 from dali_pipes.mixing import mix_batch
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
-from dali_pipes.plan import Mix, Plan
+from dali_pipes.plan import Mixing, Plan
 from dali_pipes.sampling import hard_rows, row_weights
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Fault, Source, require_patch_level
@@ -50,7 +51,7 @@ class _Fed(NamedTuple):
     rows: NDArray[np.int64]
     faults: list[Fault]
     columns: Sequence[Any]
-    mixes: list[Mix]
+    mixing: Mixing | None
 
 
 class Lent:
@@ -78,7 +79,7 @@ class Lent:
         self._kept.clear()
 
 
-_Drawn = tuple[NDArray[np.int64], list[Fault], Sequence[Any], list[Mix]]
+_Drawn = tuple[NDArray[np.int64], list[Fault], Sequence[Any], Mixing | None]
 
 
 class Loader:
@@ -96,7 +97,6 @@ class Loader:
         train: shuffled, balanced and augmented, or in order, once each and as they are.
         device: "cpu", "cuda" or "cuda:N".
         rank, world_size: this process's share of each epoch.
-        arrays: gives a row's decoded level (position, level's name) -> uint16 [rows, columns] instead of its file.
     """
 
     def __init__(
@@ -111,18 +111,19 @@ class Loader:
         device: str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
     ) -> None:
         require_patch_level(store, pipeline)
         self._root, self._labels = store.root, rows["cancer"].to_numpy(np.float32)
         weights, hard = (row_weights(rows, loader), hard_rows(rows, loader)) if train else (None, None)
         self._plan = Plan(self._labels, loader, seed, train, pipeline.augment, rank, world_size, weights, hard)
-        self._open_source, self._arrays = partial(Source, store, rows, pipeline), arrays
+        self._open_source = partial(Source, store, rows, pipeline)
         self._windows = rows[["voi_lut", "window_function"]]
         self._settings, self._pipeline_settings = loader, pipeline
         self._dtype = getattr(torch, pipeline.dtype)
         self._device = torch.device(device)
-        self._threads = loader.threads or len(os.sched_getaffinity(0))
+        # The processes that torchrun started on this machine share its cores.
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._threads = loader.threads or max(len(os.sched_getaffinity(0)) // beside, 1)
         self._pool: ThreadPoolExecutor | None = None
         self._resources = ExitStack()
         self._cache: LevelCache | None = None
@@ -162,6 +163,7 @@ class Loader:
 
     def close(self) -> None:
         """Let go of the graph, its threads and its memory."""
+        self._epoch_running += 1
         self._end_epoch()
         self._lent.close()
         self._graphs.clear()
@@ -200,7 +202,7 @@ class Loader:
                 if self._device.type == "cuda":
                     self._lent.keep((image, fed.columns), torch.cuda.current_stream(self._device))
             if running != self._epoch_running:
-                raise RuntimeError("another epoch of this loader was begun before this one ended")
+                raise RuntimeError("this loader was closed, or another epoch of it begun, before this one ended")
             began = time.monotonic()
         for graph in self._graphs:
             graph.reset()
@@ -215,14 +217,14 @@ class Loader:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
         on_device = on_gpu and settings.cache == "device"
-        # In training's stream an upload would stand behind all that is queued there, and wait for it.
-        self._uploads = torch.cuda.Stream(self._device) if on_device else None
+        # In training's stream what prepares levels would stand behind all that is queued there, and wait for it.
+        self._stream = torch.cuda.Stream(self._device) if on_device else None
         if settings.cache != "none":
             place = str(self._device) if on_device else "cpu"
             self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
-        encoded = on_gpu and self._cache is None and self._arrays is None
+        encoded = on_gpu and self._cache is None
         upload = self._upload if on_device else None
-        self._source = self._open_source(self._arrays, self._cache, upload, encoded, whole=on_gpu and not encoded)
+        self._source = self._open_source(self._cache, upload, encoded, whole=on_gpu and not encoded)
         size, count = self._plan.batch_size, _GRAPHS[self._device.type]
         amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
         if on_gpu:
@@ -242,8 +244,7 @@ class Loader:
                 self._graphs.append(host_pipeline(source, self._pipeline_settings, *amounts))
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
-        with torch.cuda.stream(self._uploads):
-            return torch.from_numpy(level.view(np.int16)).to(self._device)
+        return torch.from_numpy(level.view(np.int16)).to(self._device)
 
     def _end_epoch(self) -> None:
         """Throw away what is still on its way, and make the graphs ready for another epoch."""
@@ -267,28 +268,36 @@ class Loader:
         return next_fed
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[_Drawn]:
-        """Rows and samples, prepared one batch ahead of the graphs."""
+        """Rows and samples, prepared `prefetch` batches ahead of the graphs: a slow one does not hold them up."""
         assert self._pool is not None
-        order = self._plan.order(epoch)
-        ahead: deque[tuple[NDArray[np.int64], list[Future[list[_Prepared]]], list[Mix]]] = deque()
-        for step in range(start_step, self._plan.steps + 1):
-            if step < self._plan.steps:
-                places = self._plan.places(step)
-                parts = np.array_split(places, min(len(places), self._parts))
-                jobs = [self._pool.submit(self._samples, epoch, order[part], part) for part in parts]
-                mixes = [self._plan.mix(epoch, int(p)) for p in places] if self._plan.mixes else []
-                ahead.append((order[places], jobs, mixes))
-            if len(ahead) > 1 or (ahead and step >= self._plan.steps):
-                rows, jobs, mixes = ahead.popleft()
+        order, steps = self._plan.order(epoch), iter(range(start_step, self._plan.steps))
+        ahead: deque[tuple[NDArray[np.int64], list[Future[list[_Prepared]]], Mixing | None]] = deque()
+        try:
+            while True:
+                for step in islice(steps, self._settings.prefetch + 1 - len(ahead)):
+                    places = self._plan.places(step)
+                    parts = np.array_split(places, min(len(places), self._parts))
+                    jobs = [self._pool.submit(self._samples, epoch, order[part], part) for part in parts]
+                    ahead.append((order[places], jobs, self._plan.mixing(epoch, places)))
+                if not ahead:
+                    return
+                rows, jobs, mixing = ahead.popleft()
                 samples, faults = zip(*(each for job in jobs for each in job.result()), strict=True)
-                yield rows, [fault for fault in faults if fault], self._columns(samples), mixes
+                yield rows, [fault for fault in faults if fault], self._columns(samples), mixing
+        finally:  # of an epoch that is left: what waits would hold up the next one
+            for _, jobs, _ in ahead:
+                for job in jobs:
+                    job.cancel()
 
     def _samples(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> list[_Prepared]:
         """Some samples, or without a GPU their pictures, all steps done; and what is wrong with them."""
         found: list[_Prepared] = []
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
-            found.append((sample if self._steps is None else self._steps(*sample), fault))
+        with torch.cuda.stream(self._stream):
+            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
+                found.append((sample if self._steps is None else self._steps(*sample), fault))
+        if self._stream is not None:
+            self._stream.synchronize()
         return found
 
     def _columns(self, samples: Sequence[Any]) -> Sequence[Any]:
@@ -317,7 +326,7 @@ class Loader:
         # Not blocking: a copy that did would wait for all that training has queued on the device.
         placed = {name: torch.from_numpy(v).to(self._device, non_blocking=True) for name, v in facts.items()}
         batch = {"image": image, **placed}
-        mixed = mix_batch(batch, fed.mixes) if fed.mixes else batch
+        mixed = mix_batch(batch, fed.mixing) if fed.mixing else batch
         # Here and not in the graph: DALI's conversion to float16 on a CPU takes ten times as long as torch's.
         return mixed | {"image": mixed["image"].to(self._dtype)}
 

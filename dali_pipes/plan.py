@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dali_pipes.settings import AugmentSettings, LoaderSettings
 
 # One purpose, one counter: numbers added for one never shift another's.
-_ORDER, _SAMPLE, _GRID, _HOLES, _MIX = range(5)
+_ORDER, _SAMPLE, _GRID, _HOLES, _MIX, _PARTNER = range(6)
 
 
 class Draw(NamedTuple):
@@ -64,7 +64,7 @@ class Draw(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """How a sample is mixed with the next one of its batch.
+    """How a sample is mixed with another one of its batch.
 
     Attributes:
         weight: of the sample itself, in [0, 1]; its partner has the rest.
@@ -73,6 +73,13 @@ class Mix(NamedTuple):
 
     weight: float = 1.0
     box: tuple[float, float, float, float] | None = None
+
+
+class Mixing(NamedTuple):
+    """How a batch is mixed: a `Mix` a sample, and int64 [B], with which one; these form one circle."""
+
+    mixes: Sequence[Mix]
+    partners: NDArray[np.int64]
 
 
 class Plan:
@@ -211,16 +218,19 @@ class Plan:
             holes=np.concatenate(holes) if holes else np.zeros((0, 4), np.float32),
         )
 
-    @property
-    def mixes(self) -> bool:
-        """Whether samples are mixed with one another."""
-        return self.augment is not None and (self.augment.mixup > 0 or self.augment.cutmix > 0)
-
-    def mix(self, epoch: int, place: int) -> Mix:
-        """How the sample at a place of an epoch is mixed; MixUp and CutMix in turns by chance where both are on."""
+    def mixing(self, epoch: int, places: NDArray[np.int64]) -> Mixing | None:
+        """How the samples of a batch, at these places of an epoch, are mixed with one another; None where none are."""
         settings = self.augment
-        if settings is None or not self.mixes:
-            return Mix()
+        if settings is None or not (settings.mixup or settings.cutmix) or not len(places):
+            return None
+        # By chance: neighbours would not do, for a balanced epoch has its positives at even distances.
+        circle = self._generator(epoch, _PARTNER, int(places[0])).permutation(len(places))
+        partners = np.empty(len(places), np.int64)
+        partners[circle] = np.roll(circle, -1)
+        return Mixing([self._mix(epoch, int(place), settings) for place in places], partners)
+
+    def _mix(self, epoch: int, place: int, settings: AugmentSettings) -> Mix:
+        """MixUp and CutMix in turns by chance where both are on."""
         rng = self._generator(epoch, _MIX, place)
         choice, y, x = rng.random(3)
         cut = settings.cutmix > 0 and (settings.mixup == 0 or choice < 0.5)

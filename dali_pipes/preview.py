@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dali_pipes.plan import Draw, Plan
 from dali_pipes.settings import LoaderSettings, PipelineSettings
-from dali_pipes.source import Source
+from dali_pipes.source import Source, require_patch_level
 from dali_pipes.steps import HostSteps, to_bytes
 from preprocessing.errors import StoreError
 from preprocessing.manifest import Store
@@ -40,17 +40,21 @@ def draw_sheet(
 
     Raises:
         StoreError: the store has no pictures, or the ones chosen are damaged.
+        ConfigError: the store lacks the level that patches are read of.
     """
     pipeline = pipeline or PipelineSettings()
+    require_patch_level(store, pipeline)
     rows = store.manifest
     if rows.empty:
         raise StoreError(f"{store.root}: the store holds no pictures to show. Convert some first.")
     cancer = (rows["cancer"] == 1).to_numpy()
-    chosen = [
-        int(part[len(part) * (number // 2) // max(1, -(-images // 2))])
+    parts = [part for part in map(np.flatnonzero, (cancer, ~cancer)) if len(part)]
+    each = -(-images // len(parts))
+    chosen = dict.fromkeys(  # none twice, however few there are
+        int(part[len(part) * (number // len(parts)) // each])
         for number in range(images)
-        if len(part := np.flatnonzero(cancer if number % 2 == 0 else ~cancer))
-    ]
+        for part in [parts[number % len(parts)]]
+    )
     source, steps = Source(store, rows, pipeline), HostSteps(pipeline)
     plan = Plan(rows["cancer"].to_numpy(), LoaderSettings(), seed, True, pipeline.augment)
     lines = []

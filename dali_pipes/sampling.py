@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dali_pipes.settings import LoaderSettings
+from preprocessing.csv_file import read_cells
 from preprocessing.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_]
     them are, is told.
 
     Raises:
-        InputError: there is no such file, it is no CSV, or it has no column image_id.
+        InputError: there is no such file, it is no CSV (see `read_cells`), or it has no column image_id.
     """
     if settings.hard_negatives is None:
         return None
@@ -52,12 +53,12 @@ def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_]
     if not path.is_file():
         raise InputError(f"{path}: no such file; data.loader.hard_negatives expects a CSV with a column image_id.")
     try:
-        listed = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise InputError(f"{path}: cannot be read as a CSV ({error}); expected a column image_id.") from None
+        listed = read_cells(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     if "image_id" not in listed:
         raise InputError(f"{path}: expected a column image_id, found {', '.join(map(str, listed.columns))}.")
-    hard = rows["image_id"].isin(set(listed["image_id"])).to_numpy()
+    hard = rows["image_id"].isin(set(listed["image_id"].str.strip())).to_numpy()
     if not (hard & (rows["cancer"] != 1).to_numpy()).any():
         log.warning("%s: none of its %d image_ids is of a negative picture that is trained on.", path, len(listed))
     return hard

@@ -121,8 +121,16 @@ class LoaderSettings(_Settings):
     sampling: Literal["natural", "balanced", "weighted"] = Field(
         default="balanced", description="How training samples are drawn."
     )
-    positive_share: float = Field(default=0.5, gt=0, lt=1, description="Share of positive samples in a balanced epoch.")
-    replacement: bool = Field(default=False, description="Draw each training sample anew, so that some come twice.")
+    positive_share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of positive samples in a balanced epoch; other sampling takes no notice.",
+    )
+    replacement: bool = Field(
+        default=False,
+        description="Draw each training sample anew, so that some come twice; weighted sampling always does.",
+    )
     weight_column: str | None = Field(
         default=None,
         description="Column of the source CSV with each image's weight, for sampling = 'weighted'; without it the two "
@@ -133,15 +141,23 @@ class LoaderSettings(_Settings):
         description="CSV file whose image_id column lists negatives to show more often in a balanced epoch.",
     )
     hard_negative_share: float = Field(
-        default=0.5, gt=0, lt=1, description="Share of a balanced epoch's negatives that comes from that list."
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of a balanced epoch's negatives that comes from that list, where one is given.",
     )
     epoch_samples: int | None = Field(
         default=None, ge=1, description="Samples an epoch; without it as many as there are images."
     )
     threads: int = Field(
-        default=0, ge=0, le=256, description="Threads that prepare samples, and DALI's; 0 takes every core."
+        default=0,
+        ge=0,
+        le=256,
+        description="Threads that prepare samples, and DALI's; 0 takes every core, under torchrun a process's share.",
     )
-    prefetch: int = Field(default=2, ge=1, le=16, description="Batches prepared ahead.")
+    prefetch: int = Field(
+        default=2, ge=1, le=16, description="Batches prepared ahead, and as many again whose samples are."
+    )
     cache: Literal["none", "host", "device"] = Field(default="none", description="Where decoded levels are kept.")
     cache_mb: int = Field(default=2048, ge=1, description="Size of that cache in MiB.")
     max_bad_samples: int = Field(

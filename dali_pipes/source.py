@@ -23,7 +23,7 @@ from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
 from preprocessing import grayscale
 from preprocessing.errors import ConfigError
-from preprocessing.manifest import Store, level_column, pick_level
+from preprocessing.manifest import LEVEL_COLUMNS, Store, level_column, pick_level
 from preprocessing.tiles import TileError, encode_level
 
 # Numbers a sample that the steps are told, in this order; see `Sample.numbers`.
@@ -46,6 +46,12 @@ NUMBERS = (
     "left",
     "rows",
     "columns",
+)
+# What a sample needs to know of its row; of a large store's all columns would cost each loader seconds.
+_FACTS = (
+    *("laterality", "crop_height", "crop_width", "bits_stored", "value_offset", "inverted"),
+    *("rescale_slope", "rescale_intercept", "window_center", "window_width", "window_function"),
+    *("voi_lut", "voi_lut_first", "voi_lut_bits", "percentile_low", "percentile_high"),
 )
 _PATCH_MARGIN = 1 / 16  # of a patch's side, read around it
 NOISE_PLACES = 256  # along each side of the noise bank
@@ -88,8 +94,6 @@ class Source:
         store: where the tiles are.
         rows: of its manifest.
         pipeline: what is made of them.
-        arrays: gives the decoded level of a row (uint16 [rows, columns]) instead of its tile file; it is called with
-            the row's position and the level's name, from several threads.
         cache: keeps decoded levels.
         place: makes of an array what the graph is fed with and the cache holds: it may upload it.
         encoded: samples hold tile files, for a graph that decodes; without it they are decoded here.
@@ -102,18 +106,18 @@ class Source:
         store: Store,
         rows: pd.DataFrame,
         pipeline: PipelineSettings,
-        arrays: Callable[[int, str], NDArray[np.uint16]] | None = None,
         cache: LevelCache | None = None,
         place: Callable[[NDArray[np.uint16]], Any] | None = None,
         encoded: bool = False,
         whole: bool = False,
     ) -> None:
         self._root, self._levels, self._pipeline = store.root, store.levels, pipeline
-        self._arrays, self._cache, self._place, self._encoded = arrays, cache, place or _as_it_is, encoded
+        self._cache, self._place, self._encoded = cache, place or _as_it_is, encoded
         self._tiles = pipeline.clahe.grid if whole and pipeline.clahe.enabled else 0
         black = PLACEHOLDER if encoded else self._place(whole_tiles(np.zeros((16, 16, 1), np.uint16), self._tiles))
         self._placeholder = _placeholder(black, pipeline.augment.grid_steps + 1)
-        self._rows: list[dict[str, Any]] = rows.to_dict("records")  # type: ignore[assignment]
+        wanted = [*_FACTS, *(level_column(name, level) for level in store.levels for name in LEVEL_COLUMNS)]
+        self._rows: list[dict[str, Any]] = rows[wanted].to_dict("records")  # type: ignore[assignment]
 
     def sample(self, row: int, draw: Draw) -> tuple[Sample, Fault | None]:
         """The sample of a row, and what is wrong with its tile, if anything."""
@@ -163,9 +167,6 @@ class Source:
         """What a sample holds of its picture. Raises `_UnusableError`."""
         if self._encoded:
             return np.frombuffer(self._file(row, level), np.uint8)
-        if self._arrays is not None:
-            level_seen = _cut(np.ascontiguousarray(self._arrays(row, level))[..., None], region)
-            return self._place(whole_tiles(level_seen, self._tiles))
         if self._cache is None:
             return self._place(whole_tiles(self._decoded(row, level, region), self._tiles))
         facts, cut = self._rows[row], self._pipeline.patch_level is not None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import cv2
@@ -45,7 +45,10 @@ class HostSteps:
 
     def __init__(self, settings: PipelineSettings) -> None:
         self._settings = settings
-        self._bank = noise_bank(settings.height, settings.width)
+
+    @cached_property
+    def _bank(self) -> Grey:
+        return noise_bank(self._settings.height, self._settings.width)
 
     def __call__(
         self,

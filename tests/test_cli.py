@@ -152,6 +152,17 @@ def test_run_skips_what_is_done_and_unchanged(tmp_path):
     assert "tset.csv: no such CSV file" in fails(*job, "--test-csv", data / "tset.csv")
 
 
+def test_the_augmentation_sheet_shows_what_the_settings_do(work, tmp_path):
+    sheets = []
+    for more in ((), ("--set", "pipeline.augment.enabled=false")):
+        result = call("augment-preview", "--store", work / "store", "--out", tmp_path / "a.png", *more)
+        assert result.exit_code == 0, result.output
+        sheets.append((tmp_path / "a.png").read_bytes())
+    assert sheets[0] != sheets[1]
+    told = fails("augment-preview", "--store", work / "store", "--set", "pipeline.patch_level=4096")
+    assert "pipeline.patch_level = '4096'" in told
+
+
 @pytest.mark.parametrize("command", ["synth", "convert", "augment-preview"])
 def test_output_that_cannot_be_written_is_one_line(work, tmp_path, command):
     (tmp_path / "file").write_text("")
@@ -168,7 +179,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(work, tmp_path, monkeypatch
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("preprocessing.manifest.os.fsync", full)
+    monkeypatch.setattr("preprocessing.files.os.fsync", full)
     shutil.copytree(work / "store", tmp_path / "store")
     told = fails("folds", "--store", tmp_path / "store", *TINY, "-q")
     assert told == f"Error: {tmp_path / 'store' / 'folds.csv'}: cannot be read or written: No space left on device."

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 
 from preprocessing.manifest import (
     COLUMNS,
@@ -96,7 +95,3 @@ def flipped(path: Path, bit: int):
     data = bytearray(path.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     path.write_bytes(bytes(data))
-
-
-def as_frame(store) -> pd.DataFrame:
-    return store.manifest

@@ -7,7 +7,6 @@ import torch
 from dali_pipes.loader import Loader
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
 from preprocessing.manifest import level_column
-from preprocessing.tiles import read_level
 from tests.dali_pipes.stores import flipped, make_store
 
 pytestmark = [
@@ -24,9 +23,8 @@ def store(tmp_path_factory):
 
 
 def batches(store, train=True, epoch=2, start=0, pipeline=PIPELINE, device="cuda", **more):
-    arrays = more.pop("arrays", None)
     settings = LoaderSettings(**{"batch_size": 4, "val_batch_size": 4, "threads": 4} | more)
-    with Loader(store, store.manifest, pipeline, settings, seed=5, train=train, device=device, arrays=arrays) as loader:
+    with Loader(store, store.manifest, pipeline, settings, seed=5, train=train, device=device) as loader:
         return list(loader.epoch(epoch, start))
 
 
@@ -101,13 +99,6 @@ def test_levels_are_uploaded_for_the_device_cache_without_waiting_for_training(s
         assert loader.cache.misses > 2
         assert not behind.query()
         assert all(batch["image"].isfinite().all() for batch in taken)
-
-
-def test_decoded_arrays_give_the_same_bits_as_tiles(store):
-    def level(row, name):
-        return read_level(store.root / store.manifest[level_column("path", name)].iloc[row])
-
-    assert torch.equal(joined(batches(store)), joined(batches(store, arrays=level)))
 
 
 @pytest.mark.parametrize("cache", ["none", "host", "device"])

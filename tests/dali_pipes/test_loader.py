@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from dali_pipes import loader as loader_module
-from dali_pipes.cache import LevelCache
+from dali_pipes.cache import LevelCache, shared_cache
 from dali_pipes.loader import Loader
-from dali_pipes.plan import Draw
+from dali_pipes.plan import Draw, Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
 from dali_pipes.source import Source
 from preprocessing.errors import StoreError
@@ -33,7 +34,7 @@ def store(tmp_path_factory):
 
 
 def batches(store, batch_size=4, train=True, epoch=2, start=0, threads=2, seed=5, pipeline=PIPELINE, **more):
-    rank = {name: more.pop(name) for name in ("rank", "world_size", "arrays") if name in more}
+    rank = {name: more.pop(name) for name in ("rank", "world_size") if name in more}
     settings = LoaderSettings(batch_size=batch_size, val_batch_size=batch_size, threads=threads, **more)
     with Loader(store, store.manifest, pipeline, settings, seed=seed, train=train, **rank) as loader:
         return list(loader.epoch(epoch, start))
@@ -137,6 +138,51 @@ def test_an_epoch_that_was_overtaken_by_another_says_so(store):
             next(first)
 
 
+def test_an_epoch_of_a_loader_that_was_closed_says_so(store):
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=4, threads=2)) as loader:
+        running = loader.epoch(0)
+        next(running)
+    with pytest.raises(RuntimeError, match="this loader was closed"):
+        next(running)
+
+
+def test_batches_are_prepared_ahead_of_one_that_is_slow(store, monkeypatch):
+    asked, go_on, sample = [], threading.Event(), Plan.sample
+
+    def slow(self, epoch, place):
+        asked.append(place)
+        if place == 5:
+            assert go_on.wait(60)
+        return sample(self, epoch, place)
+
+    monkeypatch.setattr(Plan, "sample", slow)
+    settings = LoaderSettings(batch_size=1, threads=8, prefetch=4)
+    with Loader(store, store.manifest, PIPELINE, settings) as loader:
+        running = loader.epoch(0)  # DALI's queue takes four batches at once, and a fifth when the first is taken
+        first = next(running)
+        deadline = time.monotonic() + 30
+        while set(asked) != set(range(9)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert set(asked) == set(range(9))
+        go_on.set()
+        assert len([first, *running]) == 20
+
+
+def test_what_waits_for_an_epoch_that_was_left_is_not_prepared_any_more(store, monkeypatch):
+    asked, sample = [], Plan.sample
+
+    def slow(self, epoch, place):
+        asked.append(epoch)
+        time.sleep(0.1 * (epoch == 0))
+        return sample(self, epoch, place)
+
+    monkeypatch.setattr(Plan, "sample", slow)
+    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2, threads=1, prefetch=2)) as loader:
+        next(loader.epoch(0))  # of six batches in the pool three have gone to DALI
+        assert len(list(loader.epoch(1))) == 10
+        assert 6 <= asked.count(0) < 12
+
+
 def test_what_is_drawn_is_what_drawn_says(store):
     with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=3, positive_share=0.3)) as loader:
         labels = joined(list(loader.epoch(7)), "label")
@@ -205,14 +251,6 @@ def test_a_closed_loader_leaves_no_threads(store):
     before = set(threading.enumerate())
     batches(store)
     assert set(threading.enumerate()) <= before
-
-
-def test_decoded_arrays_give_the_same_bits_as_tiles(store):
-    def level(row, name):
-        return read_level(store.root / store.manifest[level_column("path", name)].iloc[row])
-
-    for train in (True, False):
-        assert torch.equal(joined(batches(store, train=train)), joined(batches(store, train=train, arrays=level)))
 
 
 def test_three_channels_are_three_times_one(store):
@@ -320,8 +358,9 @@ def test_every_single_bit_flip_is_found(store, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_epochs(store):
-    process = psutil.Process()
-    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=4, threads=2)) as loader:
+    """The epochs' batches together are 200 MB."""
+    process, large = psutil.Process(), PIPELINE.model_copy(update={"height": 256, "width": 256})
+    with Loader(store, store.manifest, large, LoaderSettings(batch_size=4, threads=2)) as loader:
         for epoch in range(10):
             joined(list(loader.epoch(epoch)))
         before = process.memory_info().rss
@@ -352,6 +391,14 @@ def test_loaders_share_a_cache_until_the_last_one_closes(store):
     with Loader(store, store.manifest, PIPELINE, settings, train=False) as three:
         list(three.epoch(0))
         assert three.cache.hits == 0
+
+
+def test_a_shared_cache_has_the_largest_budget_of_those_who_share_it():
+    with shared_cache("here", 100) as one, shared_cache("here", 10) as other:
+        assert one is other
+        assert one.budget == 100
+        with shared_cache("here", 200):
+            assert one.budget == 200
 
 
 def test_a_cache_keeps_to_its_budget():

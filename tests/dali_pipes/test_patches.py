@@ -31,9 +31,8 @@ def store(tmp_path_factory):
 
 
 def pictures(store, pipeline, train=False, **more):
-    arrays = {"arrays": more.pop("arrays")} if "arrays" in more else {}
     settings = LoaderSettings(batch_size=3, val_batch_size=3, threads=2, **more)
-    with Loader(store, store.manifest, pipeline, settings, train=train, **arrays) as loader:
+    with Loader(store, store.manifest, pipeline, settings, train=train) as loader:
         return torch.cat([batch["image"] for batch in loader.epoch(0)])
 
 
@@ -57,10 +56,9 @@ def test_a_level_smaller_than_the_patch_lies_in_its_middle(store):
     assert np.isclose(found.sum(), found[4:44, 17:47].sum())
 
 
-def test_patches_read_from_tiles_arrays_and_cache_are_the_same_bits(store):
+def test_patches_read_from_tiles_and_cache_are_the_same_bits(store):
     pipeline = PLAIN.model_copy(update={"augment": CHANGED})
     tiles = pictures(store, pipeline, True)
-    assert torch.equal(tiles, pictures(store, pipeline, True, arrays=lambda row, _level: full(store, row)))
     assert torch.equal(tiles, pictures(store, pipeline, True, cache="host"))
     assert tiles.std(dim=(1, 2, 3)).min() > 0
 
@@ -71,7 +69,7 @@ def test_what_lies_outside_the_region_read_is_not_missed(store, steps, limit, mo
     changed = AugmentSettings(grid=1.0, grid_steps=steps, grid_limit=limit, blur=0.0, noise=0.0)
     pipeline = PLAIN.model_copy(update={"augment": changed})
     plan = Plan([0.0] * 3, LoaderSettings(), 0, True, changed)
-    source = Source(store, store.manifest, pipeline, arrays=lambda row, _level: full(store, row))
+    source = Source(store, store.manifest, pipeline)
     run = HostSteps(pipeline)
     draws = [plan.sample(0, place) for place in range(100)]
     parts = [source.sample(0, draw)[0] for draw in draws]

@@ -127,3 +127,37 @@ def test_changes_come_with_their_probabilities_and_within_their_limits():
     assert ((holes[:, 2:] - holes[:, :2]) <= settings.dropout_size + 1e-6).all()
     assert max(len(d.holes) for d in draws) == settings.dropout_holes
     assert max(np.abs(d.grid).max() for d in draws if d.grid is not None) <= settings.grid_limit
+
+
+RANGES = {
+    **{"angle": (-15, 15), "zoom": (0.85, 1.15), "shift_x": (-0.06, 0.06), "shift_y": (-0.06, 0.06)},
+    **{"patch_x": (0, 1), "patch_y": (0, 1), "pick": (0, 1), "window_shift": (-0.1, 0.1), "window_zoom": (0.8, 1.2)},
+    **{"brightness": (-0.1, 0.1), "contrast": (0.9, 1.1), "gamma": (0.8, 1.2), "noise_sigma": (0, 0.03)},
+    **{"noise_x": (0, 1), "noise_y": (0, 1), "blur_sigma": (0.3, 1.2), "sharpen": (0.2, 1)},
+}
+
+
+def test_numbers_fill_their_ranges_evenly_and_know_nothing_of_each_other():
+    always = dict.fromkeys(("affine", "window", "tone", "noise", "blur", "sharpen"), 1.0)
+    plan = make(augment=AugmentSettings(**always))
+    draws = [plan.sample(1, place) for place in range(4000)]
+    shares = np.array([[(getattr(d, n) - low) / (high - low) for d in draws] for n, (low, high) in RANGES.items()])
+    assert np.abs(np.sort(shares) - (np.arange(4000) + 0.5) / 4000).max() < 0.03  # Kolmogorov-Smirnov
+    assert np.abs(np.corrcoef(shares) - np.eye(len(RANGES))).max() < 0.07
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "still"),
+    [
+        *(("affine", "angle", 0), ("window", "window_zoom", 1), ("tone", "gamma", 1)),
+        *(("noise", "noise_sigma", 0), ("blur", "blur_sigma", 0), ("sharpen", "sharpen", 0)),
+    ],
+)
+def test_each_change_comes_as_often_as_asked_for(change, number, still):
+    plan = make(augment=AugmentSettings(**{change: 0.35}))
+    assert abs(np.mean([getattr(plan.sample(1, place), number) != still for place in range(2000)]) - 0.35) < 0.03
+
+
+def test_without_choice_among_windows_the_first_is_taken():
+    plan = make(augment=AugmentSettings(choose_window=False))
+    assert {plan.sample(0, place).pick for place in range(20)} == {0.0}

@@ -22,6 +22,15 @@ def test_the_sheet_shows_each_original_beside_its_variants(tmp_path):
     assert np.array_equal(sheet, again)
 
 
+@pytest.mark.parametrize(("cancer", "asked", "shown"), [(0.0, 1, 1), (0.0, 5, 3), (1.0, 2, 2)])
+def test_no_picture_is_shown_twice_and_one_class_alone_will_do(tmp_path, cancer, asked, shown):
+    store = make_store(tmp_path / "store", count=3, change=lambda image: {"cancer": cancer})
+    sheets = [
+        cv2.imread(str(draw_sheet(store, tmp_path / "sheet.png", SMALL, images=n, variants=1)), 0) for n in (1, asked)
+    ]
+    assert sheets[1].shape[0] == shown * sheets[0].shape[0]
+
+
 def test_a_damaged_picture_is_named(tmp_path):
     store = make_store(tmp_path / "store", count=1)
     path = store.root / store.manifest["path_64"].iloc[0]

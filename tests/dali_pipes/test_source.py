@@ -7,9 +7,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
-from dali_pipes.source import NUMBERS, choose_window, low_pass, output_to_level
+from dali_pipes.source import NUMBERS, Source, choose_window, low_pass, output_to_level, output_to_tile
 from dali_pipes.steps import window_table
-from tests.dali_pipes.stores import facts
+from tests.dali_pipes.stores import facts, make_store
 
 TILE = np.arange(4096, dtype=np.uint16).reshape(64, 64)
 
@@ -131,3 +131,36 @@ def test_the_low_pass_is_scikit_images_and_absent_where_nothing_shrinks():
     assert sigma(32) == 0
     assert np.isclose(sigma(128), 0.5)
     assert np.isclose(sigma(256), 1.5)
+
+
+def test_all_of_a_draw_reaches_the_steps(tmp_path):
+    store = make_store(tmp_path / "store", count=1, sizes=((200, 120),))
+    draw = Draw(
+        brightness=0.1,
+        contrast=1.2,
+        gamma=0.9,
+        blur_sigma=1.1,
+        sharpen=0.4,
+        noise_sigma=0.02,
+        noise_x=0.5,
+        noise_y=0.25,
+        grid=np.full((6, 6, 2), 0.2, np.float32),
+        holes=np.array([[0, 0.25, 0.5, 1]], np.float32),
+    )
+    sample, fault = Source(store, store.manifest, PipelineSettings(height=32, width=64)).sample(0, draw)
+    assert fault is None
+    told = dict(zip(NUMBERS, sample.numbers.tolist(), strict=True))
+    expected = {"brightness": 0.1, "contrast": 1.2, "gamma": 0.9, "blur": 1.1, "sharpen": 0.4, "noise": 0.02}
+    expected |= {"noise_x": 128, "noise_y": 64, "grid": 1, "antialias": 0.5}  # a level of 64 rows to 32
+    assert {name: told[name] for name in expected} == pytest.approx(expected)
+    assert sample.holes.tolist() == [[0, 16, 16, 64]]
+    assert np.allclose(sample.grid, np.array([0.2 * 64 / 5, 0.2 * 32 / 5]))
+
+
+@pytest.mark.parametrize(
+    ("laterality", "orient", "mirrored"), [("R", True, True), ("R", False, False), ("L", True, False)]
+)
+def test_right_breasts_alone_are_mirrored_and_only_where_asked_for(laterality, orient, mirrored):
+    row = facts(0, TILE, laterality=laterality) | {"height_64": 64, "width_64": 64}
+    matrix = output_to_tile(row, "64", PipelineSettings(height=64, width=64, orient=orient), Draw())
+    assert (matrix[0, 0] < 0) == mirrored

@@ -103,7 +103,7 @@ def test_a_kill_while_the_manifest_is_written_leaves_the_old_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("preprocessing.manifest.os.fsync", killed)
+        patch.setattr("preprocessing.files.os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(*data, out, SETTINGS, workers=2)
     assert digest(out) == whole

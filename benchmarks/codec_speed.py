@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,24 +177,23 @@ def codestreams(pictures: Pictures) -> dict[str, list[bytes]]:
 def source_rows(pictures: Pictures, device: str, cores: int, turns: int) -> Iterator[dict[str, Any]]:
     """Each codestream, on the host's cores and on the GPU."""
     context = worker_context()
-    for name, files in codestreams(pictures).items():
-        row: dict[str, Any] = {"codestream": name}
-        row["host_exact"] = equal([host_decode(data) for data in files[:1]], pictures[:1])
-        began = time.perf_counter()
-        host_decode(files[0])
-        row["host_core_ms"] = 1000 * (time.perf_counter() - began)
-        with ProcessPoolExecutor(cores, mp_context=context) as pool:
-            row["host_images_per_s"] = across(pool, host_count, files, cores, turns)
+    with ExitStack() as stack:
+        host = stack.enter_context(ProcessPoolExecutor(cores, mp_context=context))
         if device == "gpu":
-            row |= attempt_gpu(files, pictures, turns)
-            with (
-                gpu_decode.serving(context) as address,
-                ProcessPoolExecutor(
-                    cores, mp_context=context, initializer=gpu_decode.connect, initargs=(address,)
-                ) as pool,
-            ):
-                row["gpu_served_images_per_s"] = attempt(partial(across, pool, gpu_count, files, cores, turns))
-        yield row
+            address = stack.enter_context(gpu_decode.serving(context))
+            connected = {"initializer": gpu_decode.connect, "initargs": (address,)}
+            served = stack.enter_context(ProcessPoolExecutor(cores, mp_context=context, **connected))
+        for name, files in codestreams(pictures).items():
+            row: dict[str, Any] = {"codestream": name}
+            row["host_exact"] = equal([host_decode(data) for data in files[:1]], pictures[:1])
+            began = time.perf_counter()
+            host_decode(files[0])
+            row["host_core_ms"] = 1000 * (time.perf_counter() - began)
+            row["host_images_per_s"] = across(host, host_count, files, cores, turns)
+            if device == "gpu":
+                row |= attempt_gpu(files, pictures, turns)
+                row["gpu_served_images_per_s"] = attempt(partial(across, served, gpu_count, files, cores, turns))
+            yield row
 
 
 def across(
@@ -201,11 +201,14 @@ def across(
 ) -> float:
     """Images/s of all processes together, each with a share of the files."""
     each = [(list(files) * 2)[:2]] * cores
-    done = sum(pool.map(work, each))  # starts the processes
-    if done < 2 * cores:
-        raise RuntimeError(f"{done} of {2 * cores} decoded")
-    seconds = timed(lambda: list(pool.map(work, each)), 0, turns)
-    return 2 * cores / seconds
+    seconds = []
+    for _ in range(1 + turns):  # the first one starts the processes
+        began = time.perf_counter()
+        done = sum(pool.map(work, each))
+        seconds.append(time.perf_counter() - began)
+        if done < 2 * cores:
+            raise RuntimeError(f"{done} of {2 * cores} decoded")
+    return 2 * cores / statistics.median(seconds[1:])
 
 
 def attempt_gpu(files: Sequence[bytes], pictures: Pictures, turns: int) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from rich.table import Table
 from preprocessing import decode, grayscale, ingest, tiles
 from preprocessing.breast import find_breast
 from preprocessing.convert import convert
+from preprocessing.gpu_decode import gpu_answers
 from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source
@@ -278,6 +279,8 @@ def converted(files: list[Picture], work: Path, copies: int, settings: ConvertSe
 @click.option("--json", "out", type=click.Path(path_type=Path), default=None, help="Write the figures to this file.")
 def main(device: str, pictures: int, repeats: int, out: Path | None) -> None:
     """Measure conversion by transfer syntax and stage, beside bare codecs and a plain script."""
+    if device == "gpu" and not gpu_answers():
+        raise click.ClickException("--device gpu: no NVIDIA GPU answers here.")
     cv2.setNumThreads(1)
     screen, kept = Console(width=None if sys.stdout.isatty() else 140), Figures(out)
     machine = {"processor": platform.processor() or platform.machine(), "cores": available_cores()}

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training import runs
+from training.environment import git_commit
 from training.gpu import GpuReader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,13 +58,14 @@ class Part:
 
 
 def parts(device: str, memory: int = 0) -> list[Part]:
-    """What is run, in its order; the limits add up to `TOTAL_S`, and what a part leaves of its own goes to the next.
-    `memory`: of the GPU, bytes."""
+    """What is run, in its order; the limits add up to `TOTAL_S`, and what a part leaves of its own, or takes beyond it,
+    goes to the next. `memory`: of the GPU, bytes."""
     on = ("--device", device)
     # In batches of 32 the host could not keep an H100 busy. Of each size about as many pictures.
     batch, steps = ("128", "16") if memory >= 60 * 2**30 else ("32", "64")
     b3 = ("--model", "efficientnet_b3", "--size", "512", "--batch-size", batch, "--steps", steps, "--repeats", "2")
     b3 += ("--set", "train.cudnn_benchmark=false")  # the choice took 44 s on an H100, most of what there is
+    b3 += ("--set", "data.loader.cache=host")  # as docs/performance.md has it
     tiny = ("--size", "64", "--batch-size", "2", "--steps", "1", "--repeats", "1")
     submission = ("--encoding", "jpeg2000", "--no-plain", "--pictures", "384", "--repeats", "1")
     small = ("--model", "tf_efficientnet_lite0", "--size", "64", "--pictures", "8", "--repeats", "1")
@@ -89,7 +91,7 @@ def gpu_tests() -> list[str]:
 
 def run_part(part: Part, folder: Path) -> dict[str, Any]:
     """Run one, and what came of it: exit status (None: too long), seconds, figures, and the end of its output."""
-    target = folder / f"{part.name}.json"
+    target = _figures_of(part, folder)
     command = [sys.executable, *part.command, *(("--json", str(target)) if part.figures else ())]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -122,12 +124,21 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
         finally:  # what it started must not use the GPU beside the next part
             _kill_group(process.pid)
     return {
+        "command": list(part.command),
         "status": status,
         "seconds": round(time.monotonic() - began, 1),
         "limit_s": round(part.most_s, 1),
-        "figures": json.loads(target.read_text()) if target.is_file() else None,
+        "figures": _read(target),
         "output_tail": output.splitlines()[-_TAIL:],
     }
+
+
+def _figures_of(part: Part, folder: Path) -> Path:
+    return folder / f"{part.name}.json"
+
+
+def _read(figures: Path) -> Any:
+    return json.loads(figures.read_text()) if figures.is_file() else None
 
 
 @contextmanager
@@ -158,7 +169,7 @@ def machine(name: str) -> dict[str, Any]:
     found |= {"scratch": tempfile.gettempdir()}
     reader.close()
     found |= {"python": platform.python_version(), "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")}
-    return found | {"packages": versions}
+    return found | {"git_commit": git_commit(), "packages": versions}
 
 
 def gpu_name() -> str | None:
@@ -187,7 +198,8 @@ def outcome(result: dict[str, Any]) -> str:
 def check(
     device: str, name: str, out: Path, tell: Callable[[str], object], wanted: list[Part] | None = None
 ) -> tuple[Path, bool]:
-    """Run all parts and write the file after each, so that no figure is lost. Gives it and whether all passed."""
+    """Run all parts and write the file after each, so that no figure is lost, those of a part in which this program is
+    ended neither. Gives the file and whether all passed."""
     described = machine(name)
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
     out.mkdir(parents=True, exist_ok=True)
@@ -196,10 +208,20 @@ def check(
         left = 0.0
         for part in parts(device, gpu_memory()) if wanted is None else wanted:
             tell(part.name)
-            result = run_part(replace(part, most_s=part.most_s + left), Path(folder))
-            left = max(result["limit_s"] - result["seconds"], 0)
-            results[part.name] = result
-            runs.write_json(path, {"machine": described, "parts": results})
+            began, most = time.monotonic(), max(part.most_s + left, 1)
+            unfinished = {"command": list(part.command), "status": None, "limit_s": most, "output_tail": []}
+            try:
+                results[part.name] = run_part(replace(part, most_s=most), Path(folder))
+            except BaseException:
+                spent = {
+                    "seconds": round(time.monotonic() - began, 1),
+                    "figures": _read(_figures_of(part, Path(folder))),
+                }
+                results[part.name] = unfinished | spent
+                raise
+            finally:
+                runs.write_json(path, {"machine": described, "parts": results})
+            left = results[part.name]["limit_s"] - results[part.name]["seconds"]
     return path, all(result["status"] == 0 for result in results.values())
 
 
@@ -208,6 +230,7 @@ def check(
 @click.option("--device", type=click.Choice(["gpu", "cpu"]), default="gpu", show_default=True)
 def main(out: Path, device: str) -> None:
     """Run everything that needs a GPU and keep the figures."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the part that runs, too
     name = gpu_name() if device == "gpu" else "cpu"
     if name is None:
         click.echo("gpu-check: torch can use no NVIDIA GPU here; see: python cli.py doctor", err=True)

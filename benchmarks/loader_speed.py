@@ -93,8 +93,8 @@ def contestants(data: Benchmarked, device: str, threads: int) -> list[Row]:
     """Everything that is compared."""
     pipeline = PipelineSettings(height=SIDE, width=SIDE)
 
-    def plain(form: Any, files: list[Path]) -> Callable[[], Iterator[Any]]:
-        return lambda: conventional(files, form, pipeline, BATCH, threads)
+    def plain(form: Any, files: list[Path], batch: int = BATCH) -> Callable[[], Iterator[Any]]:
+        return lambda: conventional(files, form, pipeline, batch, threads)
 
     def ours(name: str, cache: str = "none") -> Callable[[], Iterator[Any]]:
         return lambda: stream(data.stores[name], pipeline, cache, device, threads, batch)
@@ -102,7 +102,8 @@ def contestants(data: Benchmarked, device: str, threads: int) -> list[Row]:
     waiting = 2 * threads  # DataLoader's own prefetching
     batch = BATCH if device == "cpu" else GPU_BATCH
     rows = [
-        Row("conventional DICOM SV1", plain("dicom", data.dicom), waiting),
+        # Half a second a picture: in small batches, for as many are thrown away as the workers may have ready.
+        Row("conventional DICOM SV1", plain("dicom", data.dicom, 2), waiting, 2),
         Row("conventional PNG8", plain("png8", data.png8), waiting),
         Row("conventional npy16", plain("npy16", data.npy16), waiting),
         *(Row(name, ours(name), 4, batch) for name in data.stores),
@@ -153,7 +154,9 @@ def turn(row: Row, seconds: float, device: str) -> None:
     _settle(device)
     with TrainingMonitor(None, WATCH) as monitor:
         began, cpu, count = time.perf_counter(), _cpu_seconds(), 0
-        while count < 2 * row.batch or time.perf_counter() - began < seconds:
+        # Workers that began together end together, in bursts: of each two batches at the least.
+        least = 2 * row.batch * max(len(row.workers), 1)
+        while count < least or time.perf_counter() - began < seconds:
             next(row.stream)
             count += row.batch
         _settle(device)
@@ -309,8 +312,8 @@ def main(
             for row in rows:
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
                     turn(row, seconds, place)
-                kept.so_far(images_per_s={row.name: row.rates for row in rows if row.rates})
-            kept.so_far(**summary(rows, {}, place, threads))
+                whole = summary(rows, {}, place, threads) if all(row.rates for row in rows) else {}
+                kept.so_far(images_per_s={row.name: row.rates for row in rows if row.rates}, **whole)
         for row in rows:
             row.end()
         probes = {}

@@ -152,8 +152,8 @@ def make_run(root: Path, config: Config) -> Path:
     return root
 
 
-def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -> list[Row]:
-    """All that take turns; `plainly`: the plain script too."""
+def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool, decoders: set[str]) -> list[Row]:
+    """All that take turns; `plainly`: the plain script too. `decoders`: who decodes is noted there."""
     side, group = config.pipeline.height, ensemble.groups[0]
     # In a process of its own, for this one's allocator is told things by mammopipe that a script would not tell it.
     apart = ProcessPoolExecutor(1, get_context("spawn"), _plain_model, (config.model.backbone, work.device))
@@ -176,8 +176,9 @@ def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool) -
     def intake() -> None:
         settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decoding})
         with stream(work.images, read_table(work.table), True, settings, ensemble.batch) as chunks:
-            done = sum(len(chunk.rows) for chunk in chunks)
-        assert done == work.pictures
+            found = [decoder for chunk in chunks for decoder in chunk.rows["decoder"]]
+        assert len(found) == work.pictures
+        decoders.update(found)
 
     def pipeline() -> None:
         manifest = work.store.manifest
@@ -348,7 +349,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     if "gpu_over_cpu_once_running" in ratios:
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in found["pictures_per_s_once_running"].items())
         lines += [f"Pictures/s once running: {rates}, {ratios['gpu_over_cpu_once_running']:.2f} ×."]
-    for line in lines:
+    for line in [*lines, f"Decoded by {', '.join(found['decoders'])}."]:
         console.print(line, highlight=False)
 
 
@@ -390,7 +391,8 @@ def main(
         with console.status("Drawing full-size pictures"):
             work = prepare(folder, pictures, config, place, encoding)
         ensemble = open_ensemble([work.run], place)
-        rows, stages = contestants(work, config, ensemble, plain), []
+        decoders: set[str] = set()
+        rows, stages = contestants(work, config, ensemble, plain, decoders), []
         if place != "cpu":  # what the first use of a GPU costs a process is none of the rate
             with console.status("Warming up"):
                 next(row for row in rows if row.name == OURS + FEW).run()
@@ -398,12 +400,12 @@ def main(
             for row in rows:
                 with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
                     turn(row, work.cores)
-                kept.so_far(**summary(rows, stages, work, config, encoding))
+                kept.so_far(**summary(rows, stages, work, config, encoding), decoders=sorted(decoders))
             if place == "cpu":
                 stages.append(by_stage(work, ensemble))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found = summary(rows, stages, work, config, encoding)
+    found = summary(rows, stages, work, config, encoding) | {"decoders": sorted(decoders)}
     kept.final(found)
     show(found, console)
 

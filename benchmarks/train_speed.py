@@ -13,7 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 import platform
+import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +55,11 @@ class Case:
     precision: str
     varied: tuple[str, ...]  # `a.b=c` each
 
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return " ".join([self.model, str(self.size), self.precision, *map(_short, self.varied)])
+
     def config(self, batch: int, device: str, more: tuple[str, ...]) -> Config:
         """The whole tree with this case's values."""
         return load_config(
@@ -81,6 +88,8 @@ def measure(
     `kept` is told the seconds of each repeat.
     """
     device = pick_device(config.train.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of this case alone
     rows = store.manifest[store.manifest["cancer"].notna()].reset_index(drop=True)
     batch_size = config.data.loader.batch_size
     parts, _ = build_parts(
@@ -95,6 +104,7 @@ def measure(
         sources = itertools.repeat(fixed), stream  # compile, choose kernels, fill caches
         first_steps = [_timed(parts, itertools.islice(source, 2), 2, monitor) for source in sources]
         kept(first_steps_s=first_steps)
+        kept = partial(kept, first_steps_s=first_steps)
         tensors, loaded, waited, busy, busy_alone = [], [], [], [], []
         for _ in range(repeats):
             seconds, used = _watched(parts, itertools.repeat(fixed, steps), steps, monitor)
@@ -110,7 +120,7 @@ def measure(
         advice = monitor.summary()["advice"]
     tensor_rate, loader_rate = (steps * batch_size / statistics.median(seconds) for seconds in (tensors, loaded))
     return {
-        "name": " ".join([case.model, str(case.size), case.precision, *map(_short, case.varied)]),
+        "name": case.name,
         "images_per_s": loader_rate,
         "tensor_images_per_s": tensor_rate,
         "share": statistics.median(t / s for t, s in zip(tensors, loaded, strict=True)),
@@ -173,7 +183,8 @@ def make_store(folder: Path, patients: int, level: int) -> Store:
 
 
 def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """Parts between commas, those inside brackets apart."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 
 
 @click.command()
@@ -209,6 +220,9 @@ def main(
 ) -> None:
     """Measure and print a table."""
     ways = [[f"{name}={value}" for value in _split(values)] for name, _, values in (v.partition("=") for v in varied)]
+    for name, given in (("--model", models), ("--size", sizes), ("--precision", precision)):
+        if not _split(given):
+            raise click.BadParameter("expected at least one", param_hint=name)
     if not all(ways):
         raise click.BadParameter("expected A.B=C,D, such as model.compile=false,true", param_hint="--vary")
     cases = [
@@ -216,15 +230,26 @@ def main(
         for model, size, kind in itertools.product(_split(models), _split(sizes), _split(precision))
         for settings in itertools.product(*ways)
     ]
-    device = "auto" if device == "gpu" else device
+    if device == "gpu":
+        if not torch.cuda.is_available():
+            raise click.ClickException("--device gpu: torch sees no GPU here.")
+        device = "cuda"
+    where = {"machine": machine(pick_device(device))}
+    where |= {"settings": list(more), "batch_size": batch_size, "steps": steps, "repeats": repeats}
     rows, kept = [], Figures(out)
     with tempfile.TemporaryDirectory() as folder, Console(quiet=True) as console:
         opened = open_store(store) if store else make_store(Path(folder), 12, max(512, *map(int, _split(sizes))))
         for case in cases:
-            config = case.config(batch_size, device, more)
-            with training_advice(config):
-                so_far = partial(kept.so_far, rows=rows, case=str(case))
-                rows.append(measure(opened, case, config, steps, repeats, so_far))
+            so_far = partial(kept.so_far, **where, rows=rows)
+            try:
+                config = case.config(batch_size, device, more)
+                with training_advice(config):
+                    rows.append(measure(opened, case, config, steps, repeats, partial(so_far, case=case.name)))
+            except Exception as error:  # what the other cases come to is not lost with one that fails
+                if len(cases) == 1:
+                    raise
+                rows.append({"name": case.name, "error": f"{type(error).__name__}: {error}"})
+            so_far()
             torch.compiler.reset()
         # What all cases share is said once.
         words = [row["name"].split() for row in rows]
@@ -232,11 +257,15 @@ def main(
         names = [" ".join(word for word in each if word not in shared) for each in words]
         console.table(
             " ".join(["Training speed", *shared]),
-            [_shown(row) | {"case": name} for row, name in zip(rows, names, strict=True)],
+            [_shown(row) | {"case": name} for row, name in zip(rows, names, strict=True) if "share" in row],
         )
-    where = machine(pick_device(device))
-    ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows}
-    kept.final({"machine": where, "rows": rows, "ratios": ratios})
+    for row in rows:
+        if "error" in row:
+            click.echo(f"{row['name']}: {row['error']}", err=True)
+    ratios = {f"loader_over_tensors {row['name']}": row["share"] for row in rows if "share" in row}
+    kept.final({**where, "rows": rows, "ratios": ratios})
+    if len(ratios) < len(rows):
+        sys.exit(1)
 
 
 def _short(setting: str) -> str:

@@ -7,7 +7,7 @@ found here, before a decoder sees it, and a black placeholder takes its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,7 @@ class Source:
         self._tiles = pipeline.clahe.grid if whole and pipeline.clahe.enabled else 0
         black = PLACEHOLDER if encoded else self._place(whole_tiles(np.zeros((16, 16, 1), np.uint16), self._tiles))
         self._placeholder = _placeholder(black, pipeline.augment.grid_steps + 1)
+        self._windows: dict[int, Sequence[grayscale.TileWindow]] = {}
         wanted = [*_FACTS, *(level_column(name, level) for level in store.levels for name in LEVEL_COLUMNS)]
         self._rows: list[dict[str, Any]] = rows[wanted].to_dict("records")  # type: ignore[assignment]
 
@@ -133,7 +134,7 @@ class Source:
             picture = self._picture(row, level, region)
         except _UnusableError as error:
             return self._placeholder, Fault(row, str(error))
-        table_on, sigmoid, scale, bias, table = choose_window(facts, self._pipeline, draw)
+        table_on, sigmoid, scale, bias, table = choose_window(facts, self._pipeline, draw, self._windows_of(row))
         values = {
             "table": table_on,
             "sigmoid": sigmoid,
@@ -162,6 +163,13 @@ class Source:
             ),
             None,
         )
+
+    def _windows_of(self, row: int) -> Sequence[grayscale.TileWindow]:
+        """A row's windows, worked out once."""
+        found = self._windows.get(row)
+        if found is None:
+            found = self._windows[row] = grayscale.tile_windows(self._rows[row])
+        return found
 
     def _picture(self, row: int, level: str, region: Region) -> Any:
         """What a sample holds of its picture. Raises `_UnusableError`."""
@@ -368,12 +376,16 @@ def low_pass(matrix: NDArray[np.float64]) -> float:
 
 
 def choose_window(
-    facts: dict[str, Any], pipeline: PipelineSettings, draw: Draw
+    facts: dict[str, Any],
+    pipeline: PipelineSettings,
+    draw: Draw,
+    windows: Sequence[grayscale.TileWindow] | None = None,
 ) -> tuple[bool, bool, float, float, NDArray[np.float32]]:
     """How tile values become grey in [0, 1]: whether by table, whether by sigmoid, scale and bias, and the table.
 
     With scale and bias, u = scale * tile + bias; grey is u clipped to [0, 1], or 1 / (1 + exp(-4 (u - 1/2))).
     A file with a VOI LUT and windows offers all of them, the LUT first (as pydicom prefers it); jitter leaves a LUT be.
+    `windows` are `tile_windows(facts)`, where they are at hand.
     """
     none = np.zeros(1, np.float32)
     sigmoid = False
@@ -387,7 +399,7 @@ def choose_window(
         high = max(high, low + 1)
     else:
         table = grayscale.tile_voi_lut(facts)
-        offered = [*([table] if table is not None else []), *grayscale.tile_windows(facts)]
+        offered = [*([table] if table is not None else []), *(windows or grayscale.tile_windows(facts))]
         chosen = offered[int(draw.pick * len(offered))]
         if isinstance(chosen, np.ndarray):
             return True, False, 0.0, 0.0, np.ascontiguousarray(chosen, np.float32)

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -156,6 +158,24 @@ def test_numbers_fill_their_ranges_evenly_and_know_nothing_of_each_other():
 def test_each_change_comes_as_often_as_asked_for(change, number, still):
     plan = make(augment=AugmentSettings(**{change: 0.35}))
     assert abs(np.mean([getattr(plan.sample(1, place), number) != still for place in range(2000)]) - 0.35) < 0.03
+
+
+def test_a_stream_is_philoxs_by_key_and_counter_whatever_was_drawn_before():
+    plan = make(seed=9)
+    for epoch, purpose, place in ((3, 1, 7), (3, 1, 8), (0, 4, 7), (3, 1, 7)):
+        found = plan._generator(epoch, purpose, place)
+        fresh = np.random.Generator(np.random.Philox(key=[9, epoch], counter=[0, place, purpose, 0]))
+        assert np.array_equal(found.random(5), fresh.random(5))
+        assert np.array_equal(found.integers(0, 9, 3, np.int32), fresh.integers(0, 9, 3, np.int32))  # halves a word
+        assert found.beta(0.4, 0.4) == fresh.beta(0.4, 0.4)
+
+
+def test_threads_draw_side_by_side_what_one_alone_draws():
+    plan = make()
+    alone = [plan.sample(2, place) for place in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda place: plan.sample(2, place), range(400)))
+    assert all(same(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_without_choice_among_windows_the_first_is_taken():

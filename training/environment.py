@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from preprocessing.manifest import Store
+from training.config import Config
 from training.distributed import World
 
 PACKAGES = (
@@ -42,6 +44,19 @@ def describe(store: Store, fold: int, device: torch.device, world: World, comman
         "cuda": torch.version.cuda,
         "git_commit": git_commit(),
     }
+
+
+def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
+    """What training reads of the table beyond that which the store's fingerprint is over, and its list of hard
+    negatives: SHA-256 by the column's or the setting's name, in hexadecimal."""
+    data, loader = config.data, config.data.loader
+    names = [*([loader.weight_column] if loader.weight_column else []), *config.model.aux]
+    names += [name for name, held in (("machine_id", data.holdout_machines), ("site_id", data.holdout_sites)) if held]
+    rows = store.manifest
+    found = {name: rows[["image_id", name]].to_csv(index=False).encode() for name in names if name in rows}
+    if loader.hard_negatives and (path := Path(loader.hard_negatives)).is_file():
+        found["hard_negatives"] = path.read_bytes()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def git_commit() -> str | None:

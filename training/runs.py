@@ -176,6 +176,7 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         was["batch_size"] = now["batch_size"]
     # They bring torch and scikit-learn, which those that only read or watch a run do without.
     from training import checkpoint
+    from training.environment import facts_trained_on
     from training.folds import held_out_digest
 
     found = checkpoint.differences(saved, wanted)
@@ -184,7 +185,9 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
     elif "held_out" in environment and environment["held_out"] != held_out_digest(store, environment["fold"]):
         found.append(f"folds: fold {environment['fold']} of {store.root} holds other pictures out than it did")
-    return found
+    begun_with, now_there = environment.get("facts", {}), facts_trained_on(store, config)
+    changed = sorted(name for name in begun_with.keys() & now_there.keys() if begun_with[name] != now_there[name])
+    return found + [f"{name}: {store.root} has other values there than it had" for name in changed]
 
 
 @contextmanager

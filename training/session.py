@@ -27,7 +27,7 @@ from training.build import build_parts
 from training.config import Config
 from training.console import clock
 from training.distributed import World
-from training.environment import describe
+from training.environment import describe, facts_trained_on
 from training.folds import held_out_digest
 from training.loop import Batch, FiniteGuard, Position, train_epoch, validate
 from training.resizing import training_pipeline
@@ -311,6 +311,7 @@ class Session:
         elif self.place.is_main:
             environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
             environment["held_out"] = held_out_digest(self.store, self.fold)
+            environment["facts"] = facts_trained_on(self.store, self.config)
             environment["training"] = {
                 "images": len(self.training),
                 "machines": sorted(self.training["machine_id"].unique().tolist()),

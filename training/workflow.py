@@ -29,6 +29,7 @@ from training.config import Config
 from training.console import Console
 from training.device import pick_device
 from training.distributed import world
+from training.environment import facts_trained_on
 from training.monitor import watched
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,9 @@ def run_all(job: Job, console: Console) -> Outcome:
     data = _digest(store.fingerprint, job.config.data.model_dump_json())
     steps.once("folds", data, [job.store / folds.FOLDS_FILE], lambda: split(store, job.config, steps))
     numbers = sorted(int(fold) for fold in folds.read_folds(store)["fold"].unique())
-    trained = _digest(data, configuration.dump(job.config), _file_digest(job.store / folds.FOLDS_FILE))
+    facts = facts_trained_on(store, job.config)
+    split_into = _file_digest(job.store / folds.FOLDS_FILE)
+    trained = _digest(data, configuration.dump(job.config), split_into, *map("=".join, facts.items()))
     for folder in job.run.glob("fold*"):
         if folder.name.removeprefix("fold").isdigit() and int(folder.name.removeprefix("fold")) not in numbers:
             _set_aside(folder, "belongs to other folds", console)

@@ -197,6 +197,32 @@ def test_gradients_that_stay_infinite_in_fp16_end_the_run(store):
         )
 
 
+@pytest.mark.parametrize(
+    ("column", "override"),
+    [
+        ("density", "model.aux=[density]"),
+        ("machine_id", "data.holdout_machines=[29]"),
+        ("weight", "data.loader.weight_column=weight"),
+    ],
+)
+def test_a_run_goes_on_only_with_the_values_that_it_was_trained_on(tmp_path, monkeypatch, column, override):
+    fakes.use_fakes(monkeypatch)
+    rows = fakes.make_rows().assign(weight=1.0)
+    store = fakes.make_store(tmp_path / "store", rows)
+    sampling = ("data.loader.sampling=weighted",) if column == "weight" else ()
+    config = fakes.small_config("train.epochs=1", "train.max_steps=1", *sampling, override)
+    fit.fit(config, store, 0, tmp_path / "run")
+    assert fit.fit(config, store, 0, tmp_path / "run", resume=True).epochs == 1
+    other = 2.0 if column == "weight" else next(value for value in rows[column] if value != rows[column][0])
+    changed = fakes.make_store(tmp_path / "store", rows.assign(**{column: [other, *rows[column][1:]]}))
+    assert changed.fingerprint == store.fingerprint
+    with pytest.raises(RunError, match=rf"begun with something else \({column}: .* has other values there"):
+        fit.fit(config, changed, 0, tmp_path / "run", resume=True)
+    plain = fakes.small_config("train.epochs=1", "train.max_steps=1")
+    fit.fit(plain, store, 0, tmp_path / "plain")
+    fit.fit(plain, changed, 0, tmp_path / "plain", resume=True)  # which reads none of them
+
+
 @pytest.mark.parametrize("share", [2, 3])
 def test_a_run_resumed_on_fewer_processes_past_its_last_step_goes_on_with_validation(
     store, tmp_path, monkeypatch, share

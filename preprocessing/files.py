@@ -46,6 +46,16 @@ def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
         yield path
 
 
+def abandoned(folder: Path) -> bool:
+    """Whether the process that held a folder has ended; not where none did, or where that cannot be told."""
+    try:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write that takes `path`'s place, synced to the disk, when the block ends without an error."""

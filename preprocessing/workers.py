@@ -24,7 +24,7 @@ from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from multiprocessing import spawn
+from multiprocessing import forkserver, resource_tracker, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
@@ -357,6 +357,13 @@ def worker_context() -> ForkServerContext:
     _allow_children()
     context = _Context()
     context.set_forkserver_preload(["preprocessing.ingest"])
+    # Ctrl-C is for the driver: the server, which ignores it only when it has imported, inherits that it is blocked.
+    resource_tracker.ensure_running()  # which the server starts otherwise, and that would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

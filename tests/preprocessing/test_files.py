@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 
 from preprocessing import files
 from preprocessing.errors import StoreError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_an_error_while_a_file_is_written_leaves_the_earlier_one(tmp_path: Path) -> None:
@@ -28,6 +32,28 @@ def test_a_full_disk_is_named_by_the_file_that_it_kept_from_being_written(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from preprocessing.errors import StoreError
+from preprocessing.files import held
+with held(Path(sys.argv[1]), StoreError("busy")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_abandoned_when_the_process_that_held_it_was_killed(tmp_path: Path) -> None:
+    assert not files.abandoned(tmp_path)
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert not files.abandoned(tmp_path)
+        holder.kill()
+    assert files.abandoned(tmp_path)
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
     def without(*arguments: object) -> None:
         raise OSError(38, "Function not implemented")
@@ -36,3 +62,4 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, c
     with files.held(tmp_path, StoreError("busy")):
         pass
     assert "cannot be locked (Function not implemented)" in caplog.text
+    assert not files.abandoned(tmp_path)

@@ -137,6 +137,31 @@ def test_workers_do_not_run_the_program_that_starts_them(tmp_path: Path, from_a_
     assert done.stdout == "run\n[None, None]\n", done.stderr
 
 
+CONTEXT = """
+import time
+from preprocessing.workers import worker_context
+try:
+    worker_context()
+    print("started", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def test_ctrl_c_while_the_workers_server_is_still_importing_is_silent() -> None:
+    """A terminal sends it to all of a command's processes."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", CONTEXT]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **piped) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        time.sleep(0.2)  # its imports take longer
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert errors == ""
+
+
 def test_available_cores_respects_the_affinity() -> None:
     assert workers.available_cores() == len(os.sched_getaffinity(0))
 

@@ -40,6 +40,7 @@ class _Command(click.RichCommand):
 
     def invoke(self, ctx: click.Context) -> Any:
         show_traceback = ctx.params.pop("traceback")
+        signal.signal(signal.SIGTERM, _end)
         ctx.obj = {"quiet": ctx.params.pop("quiet"), "json_logs": ctx.params.pop("json_logs")}
         try:
             return super().invoke(ctx)
@@ -440,7 +441,6 @@ def predict(
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
     if columns and table is None:
         raise InputError("--column says how a table is read: give one with --csv.")
-    signal.signal(signal.SIGTERM, _end)
     with _console(ctx) as console, watched(console, "Predicting", "images", "predict") as (monitor, advance):
         summary = prediction.predict(
             list(runs) or ([] if models else [RUN]),
@@ -507,7 +507,6 @@ def features(
     from training import features as extraction
     from training.monitor import watched
 
-    signal.signal(signal.SIGTERM, _end)
     with _console(ctx) as console, watched(console, "Extracting features", "images", "predict") as (monitor, advance):
         summary = extraction.extract(
             runs,

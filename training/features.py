@@ -79,7 +79,7 @@ def extract(
     if rows.empty:
         raise StoreError(f"{opened.root}: no pictures there; rejected.csv says why.")
     found = runs.folds_of(run)
-    ensembles = [open_ensemble([fold.folder], device) for fold in found]  # all, before any is worked on
+    ensembles = [open_ensemble([fold.folder], device, names=()) for fold in found]  # all, before any is worked on
     for ensemble in ensembles:
         require_same_conversion(ensemble, opened)
     paths, faults, features = [], {}, np.zeros((0, 0), np.float32)

@@ -55,14 +55,15 @@ class Partial:
         return self.parts[-1].position if self.parts else 0
 
     def add(self, part: Part) -> None:
-        """Keep a part."""
+        """Keep a part, by where it begins: what another call with this submission keeps meanwhile leaves no gap."""
+        start = self.position
         self.parts.append(part)
         if self._folder is None:
             return
         if not self._folder.is_dir():  # the first part, or another call with this submission has ended meanwhile
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / "key", self._key.encode())
-        path = self._folder / f"{len(self.parts) - 1:08d}.json"
+        path = self._folder / f"{start}.json"
         write_atomically(path, json.dumps(asdict(part)).encode())  # NaN stays NaN: Python alone reads this
 
     def clear(self) -> None:
@@ -73,8 +74,10 @@ class Partial:
 
 def _read(folder: Path) -> list[Part]:
     parts: list[Part] = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name != f"{len(parts):08d}.json":
-            break
+    position = 0
+    while (path := folder / f"{position}.json").is_file():
         parts.append(Part(**json.loads(path.read_text(encoding="utf-8"))))
+        if parts[-1].position <= position:  # the last one, without a picture
+            break
+        position = parts[-1].position
     return parts

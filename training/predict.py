@@ -174,7 +174,8 @@ def predict(
         files = listed if listed is not None else tables.walk_folder(images)
         ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
         asked = asked_by_table(files)
-        overlays = (str(explain.resolve()), explain_threshold, explain_method) if explain is not None else None
+        drawn = (explain_threshold, explain_method, ensemble.weights.tolist())
+        overlays = (str(explain.resolve()), *drawn) if explain is not None else None
         kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows, overlays)))
         patched = [level for group in ensemble.groups if (level := group.pipeline.patch_level) is not None]
         settings = narrowed(ensemble.settings, ensemble.longest_side, patched)
@@ -231,7 +232,8 @@ def _open(
             if len(opened) == 1:
                 given_weights(weights, 1)
             ensemble = average(opened, weights) if len(opened) > 1 else opened[0]
-    return ensemble.in_batches(batch_size) if batch_size else ensemble
+    # One size for all: chunks are whole batches of each, and three sizes may have a common multiple of thousands.
+    return ensemble.in_batches(batch_size or min(group.loader.val_batch_size for group in ensemble.groups))
 
 
 def _run(

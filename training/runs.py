@@ -319,7 +319,13 @@ def load_model(fold: FoldRun, device: torch.device | str = "cpu") -> tuple[Mammo
     if _hash(state) != described.get("sha256"):
         raise RunError(f"{fold.best}: damaged (its SHA-256 does not fit); train the fold again.")
     model = build_model(fold.config.model, fold.config.pipeline.channels)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise RunError(
+            f"{fold.best}: its weights are not those of {fold.config.model.backbone} as timm makes it here "
+            f"({str(error).splitlines()[-1].strip()[:120]}); install the versions in {ENVIRONMENT}, or train again."
+        ) from None
     return model.to(torch.device(device)).eval(), described
 
 

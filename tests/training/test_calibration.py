@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -69,3 +70,8 @@ def test_an_ensembles_threshold_is_on_the_calibrated_scale(tmp_path: Path):
     assert high > 0.99
     assert 0.3 < plain.threshold <= 0.7
     assert sharp.calibration(0.3) < sharp.threshold <= sharp.calibration(0.7)
+    for path in run.glob("fold*/validation.csv"):  # now not the same above a half as below it
+        table = pd.read_csv(path, dtype={"image_id": str, "prediction_id": str})
+        table.assign(prediction=table["prediction"] - 0.2).to_csv(path, index=False)
+    lower = open_ensemble([run], "cpu", calibrate="temperature")
+    assert lower.threshold == pytest.approx(lower.calibration([0.1, 0.5]).mean())

@@ -73,6 +73,12 @@ def test_the_threshold_of_a_fold_is_chosen_on_the_others(tmp_path):
     assert found["threshold"]["pf1_out_of_fold"] < 0.85
 
 
+def test_a_threshold_that_is_good_for_the_others_alone_is_bad_for_the_fold():
+    breasts = pd.DataFrame({"fold": [0, 0, 1, 1], "cancer": [0.0, 1, 0, 1], "prediction": [0.1, 0.2, 0.8, 0.9]})
+    # Fold 0's threshold finds both of fold 1's, fold 1's none of fold 0's; chosen on all of them it would be 0.8.
+    assert evaluate._cross_thresholded(breasts) == 0.5
+
+
 def test_an_unstable_threshold_is_warned_of_and_a_clear_one_is_not(tmp_path):
     clear = evaluate.evaluate(_write_run(tmp_path / "clear", _frame(patients=150, signal=30.0)), resamples=200)
     assert not clear["threshold"]["unstable"]

@@ -26,7 +26,7 @@ from training.config import Config, load_config
 from training.ensemble import Ensemble, Member
 from training.fit import fit
 from training.partial import Part, Partial
-from training.predict import PredictSummary, predict
+from training.predict import PredictSummary, _open, predict
 from training.submission import PROBLEM_COLUMNS
 
 
@@ -435,6 +435,41 @@ def test_what_a_killed_prediction_left_in_the_temporary_folder_goes_with_the_nex
         assert two.is_dir()
         assert not left.exists()
     assert list(tmp_path.iterdir()) == [other]
+
+
+def test_two_calls_with_one_submission_leave_no_gap_in_what_is_kept(tmp_path: Path):
+    def part(position: int) -> Part:
+        return Part(position, [], [], [])
+
+    one = Partial(tmp_path / "submission.csv", "key")
+    one.add(part(64))
+    other = Partial(tmp_path / "submission.csv", "key")
+    assert other.position == 64
+    one.add(part(192))
+    other.add(part(128))
+    one.add(part(448))
+    found = Partial(tmp_path / "submission.csv", "key")
+    assert [each.position for each in found.parts] == [64, 128]
+    found.add(part(192))
+    assert Partial(tmp_path / "submission.csv", "key").position == 448
+    one.add(part(448))  # crashes alone, which come after the last picture
+    assert len(Partial(tmp_path / "submission.csv", "key").parts) == 5
+
+
+def test_runs_with_batches_of_different_size_are_predicted_in_the_smallest(run: Path, tmp_path: Path):
+    for name, size in (("a", 31), ("b", 29)):
+        make_run(tmp_path / name, f"data.loader.val_batch_size={size}")
+    opened = _open([tmp_path / "a", tmp_path / "b"], [], "cpu", None, "none", "run", None, None)
+    assert opened.batch == 29
+
+
+def test_weights_of_another_backbone_are_told_of(run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "fold0" / "config.yaml"
+    backbone = load_config(path).model.backbone
+    path.write_text(path.read_text().replace(backbone, "resnet10t"))
+    with pytest.raises(RunError, match=r"best\.safetensors: its weights are not those of resnet10t"):
+        open_ensemble([tmp_path / "run" / "fold0"], "cpu")
 
 
 def test_parts_of_another_prediction_are_not_taken_up(tmp_path: Path):

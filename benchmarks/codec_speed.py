@@ -39,6 +39,7 @@ from rich.table import Table
 from dali_pipes.decode import decode as decode_on_host
 from dali_pipes.pipelines import decode, decode_region
 from preprocessing import gpu_decode
+from preprocessing.machine import available_cores
 from preprocessing.settings import Codec
 from preprocessing.tiles import build_levels, encode_level
 from preprocessing.workers import worker_context
@@ -264,7 +265,7 @@ def main(device: str, pictures: int, repeats: int, seconds: float, target: Path 
     if device == "gpu" and not torch.cuda.is_available():
         raise click.ClickException("--device gpu: torch sees no GPU here.")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the one inside DALI warns of each codestream without colours
-    console, cores, kept = Console(), len(os.sched_getaffinity(0)), Figures(target)
+    console, cores, kept = Console(), available_cores(), Figures(target)
     drawn = [picture.stored for picture in draw(pictures)]
     machine = {
         "cpu": platform.processor() or platform.machine(),

@@ -45,10 +45,10 @@ from preprocessing import decode, grayscale, ingest, tiles
 from preprocessing.breast import find_breast
 from preprocessing.convert import convert
 from preprocessing.gpu_decode import gpu_answers
+from preprocessing.machine import available_cores
 from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source
-from preprocessing.workers import available_cores
 
 SYNTAXES = {
     "native": uid.ExplicitVRLittleEndian,

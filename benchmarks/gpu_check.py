@@ -32,6 +32,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from preprocessing.machine import available_cores
 from training import runs
 from training.environment import git_commit
 from training.gpu import GpuReader
@@ -72,7 +73,7 @@ def parts(device: str, memory: int = 0) -> list[Part]:
     codecs = ("--pictures", "2" if device == "gpu" else "1", "--repeats", "1", "--seconds", "0.2")
     conversion = ("--pictures", "2" if device == "gpu" else "1", "--repeats", "1")
     # The whole chain, the longest of the tests, comes first, and who is done takes over from the others.
-    side_by_side = ("-n", str(max(len(os.sched_getaffinity(0)) - 2, 1)), "--dist", "worksteal")
+    side_by_side = ("-n", str(max(available_cores() - 2, 1)), "--dist", "worksteal")
     return [
         Part("gpu tests", ("-m", "pytest", "-v", *side_by_side, "-m", "gpu", *gpu_tests()), 105, False, threads=1),
         Part("train_speed", ("benchmarks/train_speed.py", *on, *(b3 if device == "gpu" else tiny)), 65),
@@ -165,7 +166,7 @@ def machine(name: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     reader = GpuReader()
-    found = {"device": name, "driver": reader.driver(), "cores": len(os.sched_getaffinity(0))}
+    found = {"device": name, "driver": reader.driver(), "cores": available_cores()}
     found |= {"scratch": tempfile.gettempdir()}
     reader.close()
     found |= {"python": platform.python_version(), "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")}

@@ -34,6 +34,7 @@ from rich.table import Table
 
 from dali_pipes.loader import Loader
 from dali_pipes.settings import LoaderSettings, PipelineSettings
+from preprocessing.machine import available_cores
 from preprocessing.manifest import Store
 from preprocessing.tiles import decode_level
 from training.config import MonitorSettings
@@ -295,7 +296,7 @@ def main(
     scratch: Path | None,
 ) -> None:
     """Measure and show."""
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or available_cores()
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # the one inside DALI warns of each codestream without colours
     place = "cuda" if device == "gpu" else "cpu"
     if device == "gpu" and not torch.cuda.is_available():

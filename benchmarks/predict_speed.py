@@ -48,10 +48,10 @@ from dali_pipes.loader import Loader
 from preprocessing import decode, grayscale, ingest, tiles
 from preprocessing.breast import find_breast
 from preprocessing.convert import convert
+from preprocessing.machine import available_cores
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source, read_table
-from preprocessing.workers import available_cores
 from training import runs
 from training.assemble import open_ensemble
 from training.config import Config, load_config

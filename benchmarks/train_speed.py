@@ -31,6 +31,7 @@ from kept import Figures
 
 from dali_pipes.loader import Loader
 from preprocessing.convert import convert
+from preprocessing.machine import available_cores
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
@@ -163,7 +164,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(),
+        "cores": available_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -26,6 +26,7 @@ from preprocessing import gpu_decode, ingest, table
 from preprocessing import workers as workers_module
 from preprocessing.errors import InputError, StoreError
 from preprocessing.journal import Entry, Journal, locked
+from preprocessing.machine import available_cores
 from preprocessing.manifest import (
     Store,
     level_column,
@@ -154,7 +155,7 @@ def verify(store: Store, progress: Report | None = None) -> list[Problem]:
     fields = [level_column(name, level) for level in store.levels for name in ("path", "crc32")]
     cells = store.manifest[["image_id", *fields]]
     check = partial(_check_tiles, store.root)
-    with ThreadPoolExecutor(workers_module.available_cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         done = 0
         for start in range(0, len(cells), 256):
             for found in pool.map(check, cells[start : start + 256].itertuples(index=False, name=None)):

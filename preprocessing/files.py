@@ -1,16 +1,18 @@
-"""Files that are there whole or not at all, and folders that one process writes."""
+"""Files that are there whole or not at all, folders that one process writes, and scratch ones."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from preprocessing.errors import UserError
+from preprocessing.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,19 @@ def abandoned(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def scratch(prefix: str) -> Iterator[Path]:
+    """A temporary folder of a name that begins so, gone at the end. First those go whose process was killed."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*/.lock"):
+        if abandoned(lock.parent):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix) as folder,
+        held(Path(folder), InputError(f"{folder}: another process writes there. Run the same command again.")) as lock,
+    ):
+        yield lock.parent
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from preprocessing import gpu_decode
 from preprocessing.errors import InputError
+from preprocessing.machine import available_cores
 from preprocessing.settings import ConvertSettings
 
 Task = Any
@@ -276,11 +277,6 @@ def run_cluster(
             future.release()
             yield from outcomes
             fill()
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(psutil.Process().cpu_affinity() or [0])
 
 
 _sandboxes = threading.local()

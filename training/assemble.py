@@ -21,9 +21,9 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import calibration, covariates, metrics, runs
-from training.allocator import keep_freed_memory
 from training.batch_norm import fold_batch_norms
 from training.blend import fit_aggregate, fit_weights
+from training.cpu import prepare_cpu
 from training.device import pick_device, pick_precision
 from training.ensemble import Ensemble, Group, Member
 from training.runs import FoldRun
@@ -68,13 +68,14 @@ def open_ensemble(
     """
     if not folders:
         raise InputError("predict needs at least one run folder; give one with --runs.")
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise InputError("--runs: the same run is named twice; name each once, and weigh them with weights.")
     place = pick_device(device)
     if place.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     by_run = [runs.folds_of(Path(folder)) for folder in folders]
     folds = [(number, fold) for number, found in enumerate(by_run) for fold in found]
+    named = [fold.folder.resolve() for _, fold in folds]
+    if twice := next((folder for folder in named if named.count(folder) > 1), None):
+        raise InputError(f"--runs: {twice} is named twice, or beside its own run; name it once.")
     late = [str(fold.folder) for _, fold in folds if not fold.finished]
     if late:
         log.warning("Training has not finished in %s: the best epoch so far is taken.", ", ".join(late))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 
-import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from preprocessing.errors import RunError
+from preprocessing.machine import available_memory
 from training.config import Config
 from training.device import pick_precision
 from training.distributed import World
@@ -112,6 +112,6 @@ def _count_on_cpu(config: Config, ceiling: int) -> int:
         _step(module, config, torch.device("cpu"), 2)
     # Of two samples, and twice over: gradients of activations live beside them on the way back.
     per_sample = sum(seen.values())
-    budget = CPU_SHARE * psutil.virtual_memory().available - 5 * parameters
+    budget = CPU_SHARE * available_memory().free - 5 * parameters
     fitting = int(min(ceiling, budget // per_sample))
     return 1 << (fitting.bit_length() - 1) if fitting > 0 else 0

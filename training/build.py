@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from preprocessing.errors import ConfigError
-from training.allocator import keep_freed_memory
 from training.config import Config, TrainSettings
+from training.cpu import prepare_cpu
 from training.device import pick_precision
 from training.distributed import World
 from training.loop import Parts
@@ -55,7 +55,7 @@ def build_parts(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     else:
-        keep_freed_memory()
+        prepare_cpu()
     torch.manual_seed(seed)
     model = build_model(config.model, config.pipeline.channels)
     # DistributedDataParallel hands the first process's weights to the others, so one download is enough.

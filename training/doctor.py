@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
+from preprocessing import machine
 from training.gpu import GpuReader
 
 NEEDED_PACKAGES = ("nvidia-dali-cuda120", "torch", "torchvision", "timm", "pydicom", "dicomsdl", "nvidia-ml-py")
@@ -64,13 +63,13 @@ def _python() -> Check:
 
 
 def _cores() -> Check:
-    return Check("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    return Check("cores", str(machine.available_cores()))
 
 
 def _memory() -> Check:
-    memory = psutil.virtual_memory()
-    enough = memory.available > 3 * GIB
-    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    memory = machine.available_memory()
+    enough = memory.free > 3 * GIB
+    found = f"{memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     return Check(
         "memory", found, enough, needed=False, advice="" if enough else "use a smaller batch and fewer workers."
     )

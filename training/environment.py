@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from preprocessing.machine import available_cores
 from preprocessing.manifest import Store
 from training.config import Config
 from training.distributed import World
@@ -37,7 +37,7 @@ def describe(store: Store, fold: int, device: torch.device, world: World, comman
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "processes": world.size,
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import ConfigError, RunError
-from preprocessing.files import write_atomically
+from preprocessing.files import scratch, write_atomically
 from preprocessing.settings import ConvertSettings
 from training import runs
 from training.assemble import Aggregate, open_ensemble
@@ -132,8 +131,8 @@ def export(
         wanted = [model(picture).numpy() for picture in pictures]
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as spool:
-        onnx_path, program_path = _trace(model, pictures[0], Path(spool))
+    with scratch("mammopipe-export-") as traced:
+        onnx_path, program_path = _trace(model, pictures[0], traced)
         session, program = OnnxModel(onnx_path, torch.device("cpu")), torch.export.load(program_path).module()
         with torch.inference_mode():
             by_onnx = [session.probabilities(picture.numpy()) for picture in pictures]

@@ -8,8 +8,6 @@ bit for bit, and a picture that cannot be used ends as the same typed rejection.
 from __future__ import annotations
 
 import queue
-import shutil
-import tempfile
 import threading
 from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ import pyarrow as pa
 
 from preprocessing import ingest, workers
 from preprocessing.errors import InputError
-from preprocessing.files import abandoned, held
+from preprocessing.files import scratch
 from preprocessing.manifest import Store, level_column, schema
 from preprocessing.settings import FULL, ConvertSettings
 from preprocessing.table import Source, sources
@@ -32,7 +30,6 @@ _CHUNK_GROWTH = 2  # a short first chunk starts the device early, long later one
 _CHUNK_ROWS = 1024
 _CHUNK_BYTES = 2**28  # of the tiles of one chunk, at most
 _FIRST_ROWS = 64
-_SPOOL = "mammopipe-predict-"
 _AHEAD = 2  # chunks that may wait for the models
 
 
@@ -107,7 +104,7 @@ def stream(
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
     ordered = listed.sort_values("image_id", ignore_index=True).iloc[start:]
-    with _spool() as spool:
+    with scratch("mammopipe-predict-") as spool:
         ingest.scratch_folder(spool).mkdir()
         store = Store(spool, settings)
         jobs = (ingest.Job(images.absolute(), spool, settings, s) for s in sources(images, ordered, from_csv))
@@ -115,19 +112,6 @@ def stream(
         outcomes = workers.run_local(ingest.stage, jobs, count, limits, partial(ingest.settle, durable=False))
         with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), start, store, batch)) as chunks:
             yield _then_removed(chunks)
-
-
-@contextmanager
-def _spool() -> Iterator[Path]:
-    """A temporary folder that is gone at the end; first those go whose process was killed."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{_SPOOL}*/.lock"):
-        if abandoned(lock.parent):
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=_SPOOL) as folder,
-        held(Path(folder), InputError(f"{folder}: another process writes there. Run the same command again.")) as lock,
-    ):
-        yield lock.parent
 
 
 def _then_removed(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

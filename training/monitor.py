@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from preprocessing.machine import available_cores, available_memory
 from preprocessing.progress import Progress
 from training.advice import Job, advise
 from training.config import MonitorSettings
@@ -56,7 +56,7 @@ class TrainingMonitor:
         self._interval = settings.interval_s
         self._trackers = list(trackers)
         self._job: Job = job
-        self._cores = len(os.sched_getaffinity(0))
+        self._cores = available_cores()
         self._gpus = GpuReader(nvml)
         self._lock = threading.Lock()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -231,11 +231,12 @@ class _Counters:
         totals, now = self._totals(), time.perf_counter()
         (before, then), self._before = self._before, (totals, now)
         seconds = max(now - then, 1e-6)
+        total, free = available_memory()
         rates = {name: max(0.0, totals[name] - before[name]) / seconds for name in totals if name != "rss_mb"}
         return {
             "cpu_percent": round(100 * rates["cpu"], 1),
             "rss_mb": round(totals["rss_mb"], 1),
-            "ram_percent": psutil.virtual_memory().percent,
+            "ram_percent": round(100 * (1 - free / total), 1),
             "disk_read_mb_s": round(rates["read"], 2),
             "disk_write_mb_s": round(rates["write"], 2),
             "network_mb_s": round(rates["network"], 2),

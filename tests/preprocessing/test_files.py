@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def test_a_full_disk_is_named_by_the_file_that_it_kept_from_being_written(tmp_pa
 
 HOLD = """
 import sys
+import tempfile
 from pathlib import Path
 from preprocessing.errors import StoreError
-from preprocessing.files import held
+from preprocessing.files import held, scratch
 with held(Path(sys.argv[1]), StoreError("busy")):
     print("held", flush=True)
     sys.stdin.read()
@@ -63,3 +65,16 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, c
         pass
     assert "cannot be locked (Function not implemented)" in caplog.text
     assert not files.abandoned(tmp_path)
+
+
+def test_the_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, other = tmp_path / "mammopipe-left", tmp_path / "mammopipe-without-a-lock"
+    for folder in (left, other):
+        folder.mkdir()
+    (left / ".lock").touch()
+    with files.scratch("mammopipe-") as one, files.scratch("mammopipe-") as two:
+        assert one.is_dir()
+        assert two.is_dir()
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == [other]

@@ -162,10 +162,6 @@ def test_ctrl_c_while_the_workers_server_is_still_importing_is_silent() -> None:
     assert errors == ""
 
 
-def test_available_cores_respects_the_affinity() -> None:
-    assert workers.available_cores() == len(os.sched_getaffinity(0))
-
-
 @pytest.mark.parametrize("breaks", [1, 100])
 def test_a_pool_that_breaks_before_it_knows_its_task_costs_that_task_at_most(monkeypatch, breaks):
     """The race in which a worker dies before the pool has heard that it took the task, played out on purpose."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 
 from preprocessing.errors import RunError
+from preprocessing.machine import Memory
 from tests.training import fakes
 from training import batch_size, fit, runs
 from training.analysis import analyse, as_rows
@@ -19,8 +18,8 @@ CPU = torch.device("cpu")
 
 
 def _with_memory(monkeypatch, available):
-    memory = types.SimpleNamespace(available=available)
-    monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda: memory)
+    memory = Memory(total=2 * available, free=available)
+    monkeypatch.setattr(batch_size, "available_memory", lambda: memory)
 
 
 def test_more_memory_gives_larger_batches_in_powers_of_two(monkeypatch):

@@ -135,6 +135,13 @@ def test_folds_of_different_splits_are_no_ensemble(tmp_path):
         open_ensemble([run], "cpu")
 
 
+@pytest.mark.parametrize("second", ["", "fold0"])
+def test_a_fold_that_would_count_twice_is_named(tmp_path: Path, second: str):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(InputError, match="run/fold0 is named twice"):
+        open_ensemble([run, run / second], "cpu")
+
+
 def test_breasts_of_one_run_alone_are_judged_by_that_run(tmp_path: Path):
     """Equal weights: a breast that only one run held out keeps that run's prediction."""
     one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other", folds=1, seed=1)

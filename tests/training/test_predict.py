@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -420,21 +419,6 @@ def test_a_stream_cut_short_goes_on_to_the_same_bytes(
     for name in names:
         assert (tmp_path / name).read_bytes() == (through_store.parent / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
-def test_what_a_killed_prediction_left_in_the_temporary_folder_goes_with_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left, other = tmp_path / "mammopipe-predict-left", tmp_path / "mammopipe-predict-without-a-lock"
-    for folder in (left, other):
-        folder.mkdir()
-    (left / ".lock").touch()
-    with intake._spool() as one, intake._spool() as two:
-        assert one.is_dir()
-        assert two.is_dir()
-        assert not left.exists()
-    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_two_calls_with_one_submission_leave_no_gap_in_what_is_kept(tmp_path: Path):

@@ -24,7 +24,7 @@ from training import metrics
 from training.calibration import Calibration
 from training.covariates import Covariates
 from training.timing import Untimed, timed
-from training.windows import through_window, window_counts
+from training.windows import through_each_window, window_counts
 
 
 @dataclass(frozen=True)
@@ -152,18 +152,18 @@ class Ensemble:
         """
         sums = np.zeros((len(rows), len(self.names)))
         faults: dict[int, str] = {}
-        passes = []
         for group in self.groups:
-            offered = window_counts(rows, group.pipeline) if all_windows else np.ones(len(rows), np.int64)
-            passes += [(group, number, offered) for number in range(offered.max(initial=1))]
-        for at, (group, number, offered) in enumerate(passes, start=1):
-            shown = through_window(rows, number) if number else rows
-            for index, found in self._run_group(group, store, shown, tta, faults, monitor or Untimed()):
+            counts = window_counts(rows, group.pipeline) if all_windows else np.ones(len(rows), np.int64)
+            shown, position = through_each_window(rows, counts), np.repeat(np.arange(len(rows)), counts)
+            last = np.cumsum(counts) - 1  # of each row's in `shown`
+            damaged: dict[int, str] = {}
+            for index, found in self._run_group(group, store, shown, tta, damaged, monitor or Untimed()):
+                at = position[index]
                 for member, probabilities in zip(group.members, found, strict=True):
-                    # A row that has no window of that number has shown all that it has.
-                    sums[index, member.run] += np.where(number < offered[index], probabilities / offered[index], 0)
-                if at == len(passes) and done:
-                    done(len(index))
+                    np.add.at(sums[:, member.run], at, probabilities / counts[at])
+                if group is self.groups[-1] and done:
+                    done(int(np.isin(index, last).sum()))
+            faults |= {int(position[index]): why for index, why in damaged.items()}
         means = sums / [len(hashes) for hashes in self._hashes()]
         finite = np.atleast_1d(np.isfinite(means).all(axis=1))
         for row in np.flatnonzero(~finite).tolist():

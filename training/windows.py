@@ -22,18 +22,20 @@ def window_counts(rows: pd.DataFrame, pipeline: PipelineSettings) -> NDArray[np.
     return np.maximum(rows["window_center"].map(len).to_numpy(np.int64) + tables, 1)
 
 
-def through_window(rows: pd.DataFrame, number: int) -> pd.DataFrame:
-    """The rows with their transformation of that number, from 0, as the only one; the last where a row has fewer.
+def through_each_window(rows: pd.DataFrame, counts: NDArray[np.int64]) -> pd.DataFrame:
+    """Each row as often as it offers transformations, one after the other, each time with another one of them as its
+    only one; int64 [rows] of `window_counts` says how many. The index is fresh.
 
-    Numbers follow the loader's order: the VOI LUT, then the windows as the file lists them.
+    They follow the loader's order: the VOI LUT, then the windows as the file lists them.
     """
-    columns = {name: list(rows[name]) for name in (*_WINDOW, "voi_lut")}
-    for at, (table, centers) in enumerate(zip(columns["voi_lut"], columns["window_center"], strict=True)):
-        has_table = len(table) > 0
-        wanted = min(number, has_table + len(centers) - 1) - has_table  # of the windows; -1 is the LUT
-        if wanted < 0:
+    shown = rows.iloc[np.repeat(np.arange(len(rows)), counts)].reset_index(drop=True)
+    numbers = np.arange(len(shown)) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = {name: list(shown[name]) for name in (*_WINDOW, "voi_lut")}
+    for at, number in enumerate(numbers.tolist()):
+        window = number - (len(columns["voi_lut"][at]) > 0)
+        if window < 0 or not len(columns["window_center"][at]):
             continue  # the LUT comes first anyway, or there is nothing to choose from
         for name in _WINDOW:
-            columns[name][at] = [columns[name][at][wanted]]
+            columns[name][at] = [columns[name][at][window]]
         columns["voi_lut"][at] = []
-    return rows.assign(**{name: pd.Series(cells, rows.index, dtype=object) for name, cells in columns.items()})
+    return shown.assign(**{name: pd.Series(cells, shown.index, dtype=object) for name, cells in columns.items()})

@@ -111,6 +111,8 @@ def measure(
             seconds, used = _watched(parts, itertools.repeat(fixed, steps), steps, monitor)
             tensors.append(seconds)
             busy_alone.append(used)
+            # What was prepared during the turn from tensors.
+            _timed(parts, itertools.islice(stream, 2 * config.data.loader.prefetch), steps, monitor)
             before = loader.wait_s
             seconds, used = _watched(parts, itertools.islice(stream, steps), steps, monitor)
             loaded.append(seconds)

@@ -46,6 +46,11 @@ class LevelCache:
                 self.bytes += level.nbytes
         return level
 
+    def _empty(self) -> None:
+        with self._lock:
+            self._levels.clear()
+            self.bytes = 0
+
     def __len__(self) -> int:
         return len(self._levels)
 
@@ -73,3 +78,4 @@ def shared_cache(place: str, budget: int) -> Iterator[LevelCache]:
             cache._users -= 1
             if not cache._users:
                 _shared.pop(place, None)
+                cache._empty()

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -131,10 +131,12 @@ class Loader:
         self._graphs: list[Any] = []
         self._steps: HostSteps | None = None
         self._feed: Iterator[_Drawn] = iter(())
+        self._ahead: deque[tuple[NDArray[np.int64], list[Future[list[_Prepared]]], Mixing | None]] = deque()
         self._underway: deque[_Fed] = deque()
         self._lent = Lent()
         self._faults: dict[int, str] = {}
         self._epoch_running = 0
+        self._closed = False
         self._parts = 1
         self.wait_s = 0.0
 
@@ -163,15 +165,17 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the graph, its threads and its memory."""
+        """Let go of the graphs, their threads and their memory, for good."""
         self._epoch_running += 1
-        self._end_epoch()
+        self._closed = True
+        with suppress(RuntimeError):  # of a graph that has failed, which the epoch has raised
+            self._end_epoch()
         self._lent.close()
         self._graphs.clear()
-        self._resources.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+        self._resources.close()
 
     def drawn(self, epoch: int, steps: int | None = None) -> dict[str, int]:
         """{"negative": n, "positive": n}: what an epoch, or its first steps, really give, over all ranks."""
@@ -182,6 +186,7 @@ class Loader:
 
         Raises:
             StoreError: more than `max_bad_samples` rows have damaged tiles; names them.
+            RuntimeError: the loader was closed, or another epoch of it begun.
         """
         self._open()
         self._end_epoch()
@@ -189,13 +194,13 @@ class Loader:
         running = self._epoch_running
         self._feed = self._batches(epoch, start_step)
         began = time.monotonic()
-        for graph in self._graphs:
-            graph.schedule_run()
-        while self._underway:  # in the order in which the graphs asked for them
-            fed = self._underway[0]
+        idle = deque(range(len(self._graphs)))  # those with room for a batch, in their turns
+        while self._run(idle, wait=True):
+            fed = self._underway[0]  # in the order in which the graphs asked for them
             image = self._take(fed)
             batch = self._batch(image, fed)
-            self._graphs[fed.graph].schedule_run()
+            idle.append(fed.graph)
+            self._run(idle, wait=False)
             self.wait_s += time.monotonic() - began
             try:
                 yield batch
@@ -211,6 +216,8 @@ class Loader:
             log.info("Cache: %s.", self._cache)
 
     def _open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this loader was closed")
         if self._graphs:
             return
         settings, on_gpu = self._settings, self._device.type == "cuda"
@@ -240,7 +247,7 @@ class Loader:
             source = self._source_of(graph)
             if on_gpu:
                 given = (source, self._pipeline_settings, self._uses, *amounts)
-                self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, on_device))
+                self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, self._stream))
             else:
                 self._graphs.append(host_pipeline(source, self._pipeline_settings, *amounts))
 
@@ -250,6 +257,7 @@ class Loader:
     def _end_epoch(self) -> None:
         """Throw away what is still on its way, and make the graphs ready for another epoch."""
         self._feed = iter(())
+        self._ahead.clear()
         for graph in self._graphs:
             while not graph.empty():
                 graph.share_outputs()
@@ -269,10 +277,10 @@ class Loader:
         return next_fed
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[_Drawn]:
-        """Rows and samples, prepared `prefetch` batches ahead of the graphs: a slow one does not hold them up."""
+        """Rows and samples, prepared `prefetch` batches ahead of those that the graphs have taken on."""
         assert self._pool is not None
         order, steps = self._plan.order(epoch), iter(range(start_step, self._plan.steps))
-        ahead: deque[tuple[NDArray[np.int64], list[Future[list[_Prepared]]], Mixing | None]] = deque()
+        ahead = self._ahead = deque()
         try:
             while True:
                 for step in islice(steps, self._settings.prefetch + 1 - len(ahead)):
@@ -290,10 +298,21 @@ class Loader:
                 for job in jobs:
                     job.cancel()
 
+    def _run(self, idle: deque[int], wait: bool) -> bool:
+        """Have idle graphs take on the batches whose samples are ready, or, to `wait`, one at least; whether any batch
+        is under way. A graph that takes one on holds up its caller until the samples are there."""
+        while idle and (self._is_next_ready() or (wait and not self._underway)):
+            self._graphs[idle.popleft()].schedule_run()
+        return bool(self._underway)
+
+    def _is_next_ready(self) -> bool:
+        """Whether the next batch's samples, or the epoch's end, are there."""
+        return not self._ahead or all(job.done() for job in self._ahead[0][1])
+
     def _samples(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> list[_Prepared]:
         """Some samples, or without a GPU their pictures, all steps done; and what is wrong with them."""
         found: list[_Prepared] = []
-        with torch.cuda.stream(self._stream):
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for row, place in zip(rows.tolist(), places.tolist(), strict=True):
                 sample, fault = self._source.sample(row, self._plan.sample(epoch, place))
                 found.append((sample if self._steps is None else self._steps(*sample), fault))

@@ -8,6 +8,7 @@ the samples apart. Where it does, an `if` on a sample's argument splits the batc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -122,11 +123,14 @@ def in_torch(function: Callable[..., torch.Tensor], *inputs: Any, device: str) -
     """
     pipeline: Any = Pipeline.current()
     stream = torch.cuda.Stream(pipeline.device_id) if device == "gpu" else None
+    # DALI copies the results in a stream of its own, which it has waited for before the next call.
+    results: list[torch.Tensor] = []
 
     def run(*columns: Any) -> Any:
-        with torch.cuda.stream(stream):
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            results.clear()
             samples = zip(*columns, strict=True)
-            results = [function(*map(torch.from_dlpack, sample)).contiguous() for sample in samples]
+            results.extend(function(*map(torch.from_dlpack, sample)).contiguous() for sample in samples)
         if stream is not None:
             stream.synchronize()
         return [result.__dlpack__() for result in results]

@@ -54,7 +54,7 @@ def operator_pipeline(
     prefetch: int,
     device_id: int | None,
     decoded: bool = False,
-    on_device: bool = False,
+    uploads: Any = None,
 ) -> Pipeline:
     """The same with every step, and decoding, a DALI operator, on a GPU.
 
@@ -64,7 +64,7 @@ def operator_pipeline(
         uses: the steps that the samples take.
         device_id: of the GPU; None for DALI's CPU backend, where tests compare it with the other pipeline.
         decoded: the source gives levels as arrays, not files.
-        on_device: the source gives levels as tensors on the GPU, int16 in the place of uint16.
+        uploads: the source gives levels as tensors on the GPU, int16 in the place of uint16, made in this CUDA stream.
 
     Returns:
         A built pipeline whose output is float32 [B, C, H, W] on the device.
@@ -73,8 +73,8 @@ def operator_pipeline(
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
-        picture, fed = _inputs(source, columns(uses, settings), decoded, on_device)
-        if on_device:
+        picture, fed = _inputs(source, columns(uses, settings), decoded, uploads)
+        if uploads is not None:
             tile = fn.reinterpret(picture, dtype=DALIDataType.UINT16)
         elif decoded:
             tile = picture.gpu() if device == "gpu" else picture
@@ -119,13 +119,14 @@ def _decode(picture: Any, fed: Mapping[str, Any], device: str) -> Any:
 
 @do_not_convert
 def _inputs(
-    source: Callable[[], Any], wanted: Sequence[Column], decoded: bool, on_device: bool
+    source: Callable[[], Any], wanted: Sequence[Column], decoded: bool, uploads: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A batch's pictures and its other columns as nodes. Nothing is copied: the loader holds the arrays until the batch
-    has come out."""
+    """A batch's pictures and its other columns as nodes. Arrays are not copied: the loader holds them until the batch
+    has come out. DALI joins levels on the GPU into one buffer; it does so in the stream that made them, for in torch's
+    current one, its own choice, the copy would stand behind all that training has queued."""
     names, kinds, dimensions = (list(each) for each in zip(*wanted, strict=True))
     layouts = ["HWC" if count == 3 else "" for count in dimensions]
-    if on_device:
+    if uploads is not None:
         pictures, arguments = halves(source)
         others = fn.external_source(
             source=arguments,
@@ -137,7 +138,13 @@ def _inputs(
             no_copy=True,
         )
         picture = fn.external_source(
-            source=pictures, batch=True, dtype=DALIDataType.INT16, ndim=3, layout="HWC", device="gpu", no_copy=True
+            source=pictures,
+            batch=True,
+            dtype=DALIDataType.INT16,
+            ndim=3,
+            layout="HWC",
+            device="gpu",
+            cuda_stream=uploads,
         )
     else:
         first, layout = ((DALIDataType.UINT16, 3), "HWC") if decoded else ((DALIDataType.UINT8, 1), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -55,6 +56,9 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
 
 
 def test_a_check_that_is_ended_ends_its_part_and_keeps_its_figures(tmp_path: Path):
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out.mkdir()
+    scratch.mkdir()
     program = f"""
 import signal, sys
 from benchmarks import gpu_check
@@ -62,16 +66,17 @@ from benchmarks.gpu_check import Part
 gpu_check.gpu_name = lambda: "NVIDIA H200 (simulated)"
 gpu_check.gpu_memory = lambda: 0
 gpu_check.parts = lambda *_: [Part("begun", ("-c", {BEGUN!r}), 50)]
-gpu_check.main(["--out", {str(tmp_path)!r}])
+gpu_check.main(["--out", {str(out)!r}])
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=gpu_check.ROOT)
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=gpu_check.ROOT, env=environment)
     ends = time.monotonic() + 60
-    while not (begun := psutil.Process(process.pid).children()) and time.monotonic() < ends:
+    while not any("2" in path.read_text() for path in scratch.rglob("*.json")) and time.monotonic() < ends:
         time.sleep(0.1)
-    time.sleep(5)  # until its figures are there
+    begun = psutil.Process(process.pid).children()
     process.terminate()
     assert process.wait(30) == 128 + 15
-    (path,) = tmp_path.iterdir()
+    (path,) = out.iterdir()
     found = json.loads(path.read_text())["parts"]["begun"]
     assert (found["status"], found["figures"]) == (None, {"unfinished": True, "rows": [1, 2]})
     assert not _runs(begun[0].pid)

@@ -45,11 +45,27 @@ def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_]
     them are, is told.
 
     Raises:
-        InputError: there is no such file, it is no CSV (see `read_cells`), or it has no column image_id.
+        InputError: the list cannot be read; see `hard_negatives`.
     """
     if settings.hard_negatives is None:
         return None
-    path = Path(settings.hard_negatives)
+    listed = hard_negatives(settings.hard_negatives)
+    hard = rows["image_id"].isin(listed).to_numpy()
+    if not (hard & (rows["cancer"] != 1).to_numpy()).any():
+        log.warning(
+            "%s: none of its %d image_ids is of a negative picture that is trained on.",
+            *(settings.hard_negatives, len(listed)),
+        )
+    return hard
+
+
+def hard_negatives(path: str | Path) -> set[str]:
+    """The image_ids that a list of hard negatives holds.
+
+    Raises:
+        InputError: there is no such file, it is no CSV (see `read_cells`), or it has no column image_id.
+    """
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; data.loader.hard_negatives expects a CSV with a column image_id.")
     try:
@@ -58,7 +74,4 @@ def hard_rows(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.bool_]
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     if "image_id" not in listed:
         raise InputError(f"{path}: expected a column image_id, found {', '.join(map(str, listed.columns))}.")
-    hard = rows["image_id"].isin(set(listed["image_id"].str.strip())).to_numpy()
-    if not (hard & (rows["cancer"] != 1).to_numpy()).any():
-        log.warning("%s: none of its %d image_ids is of a negative picture that is trained on.", path, len(listed))
-    return hard
+    return set(listed["image_id"].str.strip())

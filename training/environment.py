@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from dali_pipes.sampling import hard_negatives
 from preprocessing.machine import available_cores
 from preprocessing.manifest import Store
 from training.config import Config
 from training.distributed import World
+from training.losses import aux_targets
 
 PACKAGES = (
     *("mammopipe", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
@@ -48,15 +50,22 @@ def describe(store: Store, fold: int, device: torch.device, world: World, comman
 
 def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
     """What training reads of the table beyond that which the store's fingerprint is over, and its list of hard
-    negatives: SHA-256 by the column's or the setting's name, in hexadecimal."""
-    data, loader = config.data, config.data.loader
-    names = [*([loader.weight_column] if loader.weight_column else []), *config.model.aux]
+    negatives: SHA-256 by the column's or the setting's name, in hexadecimal.
+
+    Raises:
+        ConfigError: an auxiliary head has nothing to learn from in the store.
+        InputError: the list of hard negatives cannot be read.
+    """
+    data, loader, rows = config.data, config.data.loader, store.manifest
+    names = [*([loader.weight_column] if loader.weight_column else [])]
     names += [name for name, held in (("machine_id", data.holdout_machines), ("site_id", data.holdout_sites)) if held]
-    rows = store.manifest
-    found = {name: rows[["image_id", name]].to_csv(index=False).encode() for name in names if name in rows}
-    if loader.hard_negatives and (path := Path(loader.hard_negatives)).is_file():
-        found["hard_negatives"] = path.read_bytes()
-    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+    read = rows[[name for name in names if name in rows]]
+    classes = aux_targets(rows, config.model.aux, torch.device("cpu"))
+    read = read.assign(**{name: values.numpy() for name, values in classes.items()})
+    found = {name: rows[["image_id"]].assign(value=values).to_csv(index=False) for name, values in read.items()}
+    if loader.hard_negatives:
+        found["hard_negatives"] = "\n".join(sorted(hard_negatives(loader.hard_negatives) & set(rows["image_id"])))
+    return {str(name): hashlib.sha256(content.encode()).hexdigest() for name, content in found.items()}
 
 
 def git_commit() -> str | None:

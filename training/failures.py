@@ -36,9 +36,9 @@ def training_advice(config: Config) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             raise RunError(
-                f"data.loader.batch_size = {config.data.loader.batch_size}: {config.model.backbone} shrinks a picture "
-                f"of {config.pipeline.height} × {config.pipeline.width} to one cell, of which batch normalisation "
-                "needs two or more. Raise the batch size, or pipeline.height and width."
+                f"data.loader.batch_size = {config.data.loader.batch_size}: {config.model.backbone} leaves batch "
+                "normalisation one value a channel, of which it needs two or more. Raise the batch size, or the size "
+                "of the pictures: pipeline.height and width, and the shares of train.progressive."
             ) from error
         raise
 
@@ -100,7 +100,9 @@ def _line(text: str, signs: tuple[str, ...] = ("",)) -> str:
 def _lower_training(config: Config) -> str:
     batch = config.data.loader.batch_size
     pixels = f"{config.pipeline.height} x {config.pipeline.width}"
-    smaller = f"data.loader.batch_size={max(1, batch // 2)} train.accumulate={2 * config.train.accumulate}"
+    smaller = f"data.loader.batch_size={max(1, batch // 2)}"
+    if config.model.compile_mode == "default":  # CUDA graphs let no gradients add up
+        smaller += f" train.accumulate={2 * config.train.accumulate}"
     checkpointing = "" if config.model.gradient_checkpointing else ", or set model.gradient_checkpointing=true"
     return (
         f"Out of memory with batches of {batch} pictures of {pixels} and {config.model.backbone}. Lower the batch "

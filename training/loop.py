@@ -244,7 +244,7 @@ def _require_scale(scaler: torch.amp.GradScaler) -> None:
     """
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise RunError(
-            "train.precision = fp16: the gradients of many steps, one after the other, were not finite, even unscaled. "
+            "train.precision = fp16: the gradients of too many steps were not finite, even unscaled ones. "
             "Set train.precision=bf16 or fp32, or lower train.lr; what was saved before is sound."
         )
 

@@ -99,10 +99,11 @@ def require_sizes(model: MammoModel, channels: int, sizes: Collection[tuple[int,
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             described = cast(dict, model.backbone.pretrained_cfg)
             _, height, width = described["input_size"]
+            made = f"was made for {height} × {width}: set pipeline.height={height}, pipeline.width={width} and"
+            way_out = "Take another backbone." if size == (height, width) else f"It {made} train.progressive=[]."
             raise ConfigError(
                 f"model.backbone = '{described['architecture']}' does not take pictures of {size[0]} × {size[1]} "
-                f"({' '.join(str(error).split())[:200]}). It was made for {height} × {width}: set "
-                f"pipeline.height={height}, pipeline.width={width} and train.progressive=[], or take another backbone."
+                f"({' '.join(str(error).split())[:200]}). {way_out}"
             ) from None
     used = _leaves([outputs["cancer"], *(outputs[name] for name in model.aux)])
     for parameter in model.parameters():
@@ -161,7 +162,7 @@ class MammoModel(nn.Module):
         """The backbone's last feature map, [B, F, h, w]; pictures may come in any floating-point type."""
         x = x.to(self.head.weight.dtype)
         features = cast(nn.Module, self.backbone).forward_features(x)  # pyright: ignore[reportCallIssue]
-        return _head_norm(self.backbone)(_as_map(features, self.backbone))
+        return _head_norm(_as_map(features, self.backbone), self.backbone)
 
 
 class EveryHead(nn.Module):
@@ -229,10 +230,15 @@ POOLINGS: dict[str, type[AttentionPool] | type[AveragePool] | type[GeMPool]] = {
 }
 
 
-def _head_norm(backbone: nn.Module) -> nn.Module:
-    """ConvNeXt and its kin keep their last normalisation in the head, which is otherwise not used here."""
-    norm = getattr(getattr(backbone, "head", None), "norm", None)
-    return norm if isinstance(norm, LayerNorm2d) else nn.Identity()
+def _head_norm(features: Tensor, backbone: nn.Module) -> Tensor:
+    """The map [B, F, h, w] through the last normalisation of ConvNeXt and its kin, and of some transformers, which keep
+    it in the head, or as what follows the pooling; neither is otherwise used here."""
+    for norm in (getattr(getattr(backbone, "head", None), "norm", None), getattr(backbone, "fc_norm", None)):
+        if isinstance(norm, LayerNorm2d):
+            return norm(features)
+        if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (features.shape[1],):
+            return norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return features
 
 
 def _strength(features: Tensor) -> Tensor:
@@ -243,6 +249,8 @@ def _strength(features: Tensor) -> Tensor:
 def _as_map(features: Tensor, backbone: nn.Module) -> Tensor:
     """The backbone's features as [B, F, h, w], whether it is convolutional, hierarchical (channels last) or tokens."""
     count = backbone.num_features
+    if not isinstance(features, Tensor):
+        raise ConfigError("model.backbone: it gives several maps of features at once; choose one with a single map.")
     if features.ndim == 4 and features.shape[1] == count:
         return features
     if features.ndim == 4 and features.shape[-1] == count:

@@ -12,8 +12,8 @@ def training_pipeline(config: Config, epoch: int) -> PipelineSettings:
     """The pipeline of an epoch's training pictures.
 
     `train.progressive` divides the epochs into equal parts, each with its share of `pipeline.height` and `width`,
-    rounded to whole multiples of 32 pixels; of more shares than epochs the last ones count. Validation and prediction
-    take the pipeline as it is.
+    rounded to whole multiples of 32 pixels, the side at most; of more shares than epochs the last ones count.
+    Validation and prediction take the pipeline as it is.
 
     Args:
         config: the whole tree.

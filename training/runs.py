@@ -187,7 +187,11 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         found.append(f"folds: fold {environment['fold']} of {store.root} holds other pictures out than it did")
     begun_with, now_there = environment.get("facts", {}), facts_trained_on(store, config)
     changed = sorted(name for name in begun_with.keys() & now_there.keys() if begun_with[name] != now_there[name])
-    return found + [f"{name}: {store.root} has other values there than it had" for name in changed]
+    for name in changed:
+        listed = name == "hard_negatives"
+        told = f"{config.data.loader.hard_negatives} lists other pictures than it did"
+        found.append(f"{name}: {told if listed else f'{store.root} has other values there than it had'}")
+    return found
 
 
 @contextmanager

@@ -133,8 +133,8 @@ class Session:
             self._resources = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._resources.close()
+    def __exit__(self, *error: Any) -> None:
+        self._resources.__exit__(*error)
 
     def run(self) -> FitSummary:
         """The epochs."""

@@ -13,7 +13,8 @@ from training.distributed import World
 
 
 class StopSignal:
-    """While entered, the first SIGTERM or SIGINT is taken note of; a second one has its usual effect.
+    """While entered, the first SIGTERM or SIGINT is taken note of; a second one has its usual effect. One that nobody
+    left for has it too, when the block has ended without an error.
 
     Outside the main thread, where Python takes no handlers, it does nothing.
     """
@@ -28,16 +29,20 @@ class StopSignal:
                 self._previous[number] = signal.signal(number, self._take_note)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._restore()
+        if self._received and kind is None:
+            signal.raise_signal(self._received)
 
     def agreed(self, world: World, due: bool = False) -> tuple[bool, bool]:
         """Whether to stop, and whether what is `due` to one of them is so to all. Several processes agree on both,
         between themselves and without waiting for their GPUs: asked after every step, for torchrun kills what has not
         ended 30 s after the signal."""
-        if world.size > 1:
-            self._received, due = world.max(torch.tensor([self._received, due])).tolist()
-        return self._received != 0, bool(due)
+        if world.size == 1:
+            return self._received != 0, due
+        found, due = world.max(torch.tensor([self._received, due])).tolist()
+        self._received = max(self._received, found)  # one that came during the exchange is for the next one
+        return found != 0, bool(due)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -78,7 +79,9 @@ def _load_timm(model: MammoModel, settings: ModelSettings, in_chans: int) -> str
         _check_hub(settings.backbone)
     try:
         timm_load_pretrained(backbone, num_classes=0, in_chans=in_chans, filter_fn=_of_timm, strict=False)
-    except (OSError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the hub's client, its transport and timm's loaders have no common base
         raise InputError(
             f"model.weights = timm: those of {settings.backbone} could not be loaded "
             f"({' '.join(str(error).split())[:200]}); {_WAYS_OUT}."
@@ -97,12 +100,19 @@ def _named_as_here(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, T
 
 
 def _of_timm(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """The same, for timm's own loading, which passes over what lacks without a word."""
-    found, own = _named_as_here(state, backbone), list(backbone.state_dict())
+    """The same, for timm's own loading, which passes over what lacks without a word. First a checkpoint of a maker's
+    own names is given timm's, by what timm has for the model.
+
+    Raises:
+        InputError: the checkpoint lacks some of the backbone's tensors.
+    """
+    of_maker = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    found = _named_as_here(of_maker(state, backbone) if of_maker else state, backbone)
+    own = [name for name in backbone.state_dict() if not name.endswith("num_batches_tracked")]  # some have none
     if lacking := [name for name in own if name not in found]:
-        log.warning(
-            "The weights lack %d of the backbone's %d tensors, which start from random values: %s.",
-            *(len(lacking), len(own), f"{', '.join(lacking[:3])}{' ...' if len(lacking) > 3 else ''}"),
+        raise InputError(
+            f"model.weights = timm: those there lack {len(lacking)} of the backbone's {len(own)} tensors, {lacking[0]} "
+            f"first; {_WAYS_OUT}."
         )
     return found
 

@@ -18,6 +18,7 @@ from preprocessing.errors import ConfigError
 from tests.training import fakes
 from training import checkpoint, runs
 from training.distributed import World, world
+from training.signals import StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
 # No batch statistics, dropout or stochastic depth: what a process draws or averages by itself would differ.
@@ -178,6 +179,24 @@ def test_ranks_of_slow_steps_leave_together_before_torchrun_kills_them(runs_of_o
     fold, whole = (runs.open_run(run).folds[0] for run in (tmp_path / "run", runs_of_one_and_two / "two"))
     assert fold.finished
     assert fold.records("epoch")[0]["train_loss"] == pytest.approx(whole.records("epoch")[0]["train_loss"], rel=1e-5)
+
+
+def test_a_signal_during_an_exchange_is_for_the_next_one(monkeypatch):
+    sent = []
+
+    class Other(World):
+        def max(self, value):
+            if not sent:
+                sent.append(os.getpid())
+                os.kill(os.getpid(), signal.SIGTERM)
+            return value
+
+    monkeypatch.setattr(signal, "raise_signal", sent.append)
+    with StopSignal() as stop:
+        assert stop.agreed(Other(0, 2), due=True) == (False, True)
+        assert stop.agreed(Other(0, 2)) == (True, False)
+        assert stop.status == 128 + signal.SIGTERM
+    assert sent == [os.getpid(), signal.SIGTERM]
 
 
 def test_one_process_alone_exchanges_nothing(monkeypatch):

@@ -93,7 +93,7 @@ def test_a_model_that_does_not_compile_says_what_to_set():
 
 def test_a_batch_too_small_for_batch_normalisation_says_what_to_raise():
     config, norm = fakes.small_config("data.loader.batch_size=1"), torch.nn.BatchNorm2d(4)
-    message = r"batch_size = 1: resnet10t shrinks a picture of 32 × 32 to one cell"
+    message = r"batch_size = 1: resnet10t leaves batch normalisation one value a channel"
     with pytest.raises(RunError, match=message), training_advice(config):
         norm(torch.zeros(1, 4, 1, 1))
 

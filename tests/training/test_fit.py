@@ -191,7 +191,7 @@ def test_gradients_that_stay_infinite_in_fp16_end_the_run(store):
     parts, loader, _ = _parts(store)
     parts.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     parts.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(RunError, match=r"train\.precision = fp16: the gradients of many steps"):
+    with pytest.raises(RunError, match=r"train\.precision = fp16: the gradients of too many steps"):
         train_epoch(
             parts, list(loader.epoch(0))[:6], Position(batches=6), fakes.FakeMonitor(None), lambda at, guard: None
         )
@@ -221,6 +221,20 @@ def test_a_run_goes_on_only_with_the_values_that_it_was_trained_on(tmp_path, mon
     plain = fakes.small_config("train.epochs=1", "train.max_steps=1")
     fit.fit(plain, store, 0, tmp_path / "plain")
     fit.fit(plain, changed, 0, tmp_path / "plain", resume=True)  # which reads none of them
+
+
+def test_a_run_goes_on_only_with_the_hard_negatives_that_it_was_trained_on(tmp_path, monkeypatch):
+    fakes.use_fakes(monkeypatch)
+    store, listed = fakes.make_store(tmp_path / "store"), tmp_path / "hard.csv"
+    negative = store.manifest.loc[store.manifest["cancer"] == 0, "image_id"].tolist()
+    config = fakes.small_config("train.epochs=1", "train.max_steps=1", f"data.loader.hard_negatives={listed}")
+    listed.write_text(f"image_id\n{negative[0]}\n{negative[1]}\n")
+    fit.fit(config, store, 0, tmp_path / "run")
+    listed.write_text(f"image_id;note\r\n{negative[1]};b\r\n{negative[0]};a\r\n")
+    fit.fit(config, store, 0, tmp_path / "run", resume=True)
+    listed.write_text(f"image_id\n{negative[0]}\n{negative[2]}\n")
+    with pytest.raises(RunError, match=r"\(hard_negatives: .*hard.csv lists other pictures than it did"):
+        fit.fit(config, store, 0, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("share", [2, 3])
@@ -525,6 +539,28 @@ def test_a_signal_saves_and_leaves_with_the_shells_status(store, tmp_path, monke
     assert signal.getsignal(number) is handler
     described = json.loads((tmp_path / "run/fold0/checkpoints/step-00000003.json").read_text())
     assert (described["epoch"], described["batch"], described["step"]) == (0, 3, 3)
+
+
+def test_a_signal_in_the_last_validation_lets_the_fold_end_and_is_not_lost(tmp_path, monkeypatch):
+    """Or `--fold all` would go on with the next fold."""
+    fakes.use_fakes(monkeypatch)
+    fakes.make_store(tmp_path / "store")
+    original, left = session.Session._validate, []
+
+    def validate(self):
+        found = original(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(session.Session, "_validate", validate)
+    monkeypatch.setattr(signal, "raise_signal", left.append)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        fit.fit(fakes.small_config("train.epochs=1"), tmp_path / "store", 0, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left == [signal.SIGTERM]
+    assert runs.open_run(tmp_path / "run").folds[0].finished
 
 
 def test_nothing_in_json_is_nan(store, tmp_path):

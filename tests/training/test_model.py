@@ -195,7 +195,7 @@ def _from_file(tmp_path, backbone, source, in_chans=1):
     return model.backbone
 
 
-def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_stands(tmp_path, monkeypatch, caplog):
+def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_stands(tmp_path, monkeypatch):
     name = "vit_wee_patch16_reg1_gap_256"
     source = timm.create_model(name, num_classes=10)
     torch.nn.init.constant_(source.fc_norm.weight, 3.0)
@@ -207,14 +207,72 @@ def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_sta
     monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
     monkeypatch.setattr(weights, "timm_load_pretrained", load)
     settings = ModelSettings(backbone=name, weights="timm", drop_path=0)
-    for lacking in ((), ("blocks.0.norm1.weight",)):
-        for key in lacking:
-            state = source.state_dict()
-            monkeypatch.setattr(source, "state_dict", lambda s=state, k=key: {n: v for n, v in s.items() if n != k})
-        model = build_model(settings, 3)
-        assert weights.load_pretrained(model, settings, 3).startswith("timm ")
-        assert model.backbone.norm.weight.unique().tolist() == [3.0]
-        assert ("The weights lack 1 of the backbone's" in caplog.text) == bool(lacking)
+    model = build_model(settings, 3)
+    assert weights.load_pretrained(model, settings, 3).startswith("timm ")
+    assert model.backbone.norm.weight.unique().tolist() == [3.0]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """timm's hub with one checkpoint, which is to be put there."""
+    there = {}
+
+    def load(backbone, filter_fn, **how):
+        backbone.load_state_dict(filter_fn(dict(there), backbone), strict=False)
+
+    monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
+    monkeypatch.setattr(weights, "timm_load_pretrained", load)
+    return there
+
+
+def test_a_checkpoint_of_the_hub_by_its_makers_names_is_given_timms(hub):
+    """OpenCLIP's, as some of the hub's have them."""
+    source = timm.create_model("test_vit", num_classes=10)
+    hub |= {f"visual.trunk.{name}": value for name, value in source.state_dict().items()}
+    settings = ModelSettings(backbone="test_vit", weights="timm", drop_path=0)
+    model = build_model(settings, 3)
+    assert weights.load_pretrained(model, settings, 3).startswith("timm ")
+    own = model.backbone.state_dict()
+    assert own
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in own.items())
+
+
+def test_a_checkpoint_of_the_hub_that_lacks_tensors_is_not_taken(hub, caplog):
+    source = timm.create_model("resnet10t", num_classes=10).state_dict()
+    hub |= {name: value for name, value in source.items() if not name.endswith("num_batches_tracked")}
+    settings = ModelSettings(backbone="resnet10t", weights="timm")
+    assert weights.load_pretrained(build_model(settings, 3), settings, 3).startswith("timm ")
+    del hub["layer1.0.conv1.weight"]
+    with pytest.raises(InputError, match=r"lack 1 of the backbone's \d+ tensors, layer1.0.conv1.weight first"):
+        weights.load_pretrained(build_model(settings, 3), settings, 3)
+    auto = settings.model_copy(update={"weights": "auto"})
+    assert weights.load_pretrained(build_model(auto, 3), auto, 3).startswith("none")
+
+
+def test_a_download_that_breaks_off_is_named(monkeypatch):
+    """The hub's client raises its transport's errors, which are of no kind of Python's own."""
+
+    def load(*args, **how):
+        raise type("ConnectError", (Exception,), {})("[Errno 110] Connection timed out")
+
+    monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
+    monkeypatch.setattr(weights, "timm_load_pretrained", load)
+    settings = ModelSettings(backbone="resnet10t", weights="timm")
+    with pytest.raises(InputError, match=r"those of resnet10t could not be loaded .*timed out"):
+        weights.load_pretrained(build_model(settings, 1), settings, 1)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "norm"),
+    [("convnext_atto", "head.norm"), ("mambaout_femto", "head.norm"), ("test_vit_relpos", "fc_norm")],
+)
+def test_the_last_norm_is_applied_where_timm_has_it_behind_the_pooling(backbone, norm):
+    model = _model(backbone=backbone).eval()
+    size = model.backbone.pretrained_cfg["input_size"][1:]
+    picture = torch.rand(2, 1, *size)
+    before = model.forward_features(picture)
+    torch.nn.init.constant_(model.backbone.get_parameter(f"{norm}.bias"), 5.0)
+    torch.testing.assert_close(model.forward_features(picture), before + 5)
 
 
 def test_a_network_with_two_first_convolutions_is_adapted_to_grey_pictures(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -303,7 +304,7 @@ def _fold_numbers(text: str) -> list[int] | None:
     """None for 'all'."""
     if text == "all":
         return None
-    if not text.isdigit():
+    if not re.fullmatch("[0-9]+", text):
         raise InputError(f"--fold {text}: expected a fold's number, counted from 0, or 'all'.")
     return [int(text)]
 

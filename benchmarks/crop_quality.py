@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from preprocessing.breast import find_breast
 from preprocessing.phantom import generator, render
-from training import runs
+from training import run_files
 
 try:
     from benchmarks.drawn import breasts
@@ -188,7 +188,7 @@ def main(pictures: int, size: str, out: Path | None) -> None:
         shown = [f"{row[key]:.2%}" for key in ("kept_least", "kept_mean", "dropped_mean", "ideal_mean")]
         print(f"| {row['disturbance']} | {row['pictures']} | {' | '.join(shown)} |")
     if out:
-        runs.write_json(out, {"size": size, "rows": rows})
+        run_files.write_json(out, {"size": size, "rows": rows})
 
 
 if __name__ == "__main__":

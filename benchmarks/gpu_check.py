@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from preprocessing.machine import available_cores
-from training import runs
+from training import run_files
 from training.environment import git_commit
 from training.gpu import GpuReader
 
@@ -221,7 +221,7 @@ def check(
                 results[part.name] = unfinished | spent
                 raise
             finally:
-                runs.write_json(path, {"machine": described, "parts": results})
+                run_files.write_json(path, {"machine": described, "parts": results})
             left = results[part.name]["limit_s"] - results[part.name]["seconds"]
     return path, all(result["status"] == 0 for result in results.values())
 

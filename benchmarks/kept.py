@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import runs
+from training import run_files
 
 
 def steady_rate(seconds: Mapping[int, Sequence[float]]) -> float:
@@ -36,4 +36,4 @@ class Figures:
 
     def _write(self, found: dict[str, Any]) -> None:
         if self._target is not None:
-            runs.write_json(self._target, found)
+            run_files.write_json(self._target, found)

@@ -25,7 +25,7 @@ from preprocessing.convert import convert
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
-from training import evaluate, fit, metrics, runs
+from training import evaluate, fit, metrics, run_files, runs
 from training.assemble import open_ensemble
 from training.config import Config, load_config
 from training.console import Console
@@ -175,7 +175,7 @@ def main(
             alone = found["mean_auroc_of_pictures_alone"]
             click.echo(f"With {', '.join(found['covariates'])}; from pictures alone the mean of folds is {alone:.4f}")
     if result_file:
-        runs.write_json(result_file, found)
+        run_files.write_json(result_file, found)
 
 
 def _train(

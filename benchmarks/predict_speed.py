@@ -52,11 +52,11 @@ from preprocessing.machine import available_cores
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source, read_table
-from training import runs
+from training import run_files, runs
 from training.assemble import open_ensemble
 from training.config import Config, load_config
 from training.ensemble import Ensemble
-from training.intake import narrowed, stream
+from training.intake import levels_read, stream
 from training.model import build_model
 from training.predict import predict
 from training.submission import Results, asked_by_table, compose, judge
@@ -132,8 +132,7 @@ def prepare(root: Path, pictures: int, config: Config, device: str, encoding: st
     for name, count in (("test", pictures), ("distinct", len(files))):
         pd.DataFrame(rows[:count]).to_csv(root / f"{name}.csv", index=False)
     run = make_run(root / "run", config)
-    settings = narrowed(ConvertSettings(), max(config.pipeline.height, config.pipeline.width))
-    convert(images, root / "distinct.csv", root / "store", settings)
+    convert(images, root / "distinct.csv", root / "store", ConvertSettings(codec="none"))
     store, scratch = open_store(root / "store"), root / "scratch"
     scratch.mkdir()
     return Work(images, table, run, store, scratch, pictures, device, available_cores())
@@ -145,10 +144,12 @@ def make_run(root: Path, config: Config) -> Path:
     settings = ConvertSettings().model_dump(mode="json")
     runs.begin(folder, config, {"fold": 0, "store_settings": settings})
     runs.save_best(folder, build_model(config.model, config.pipeline.channels), {"fold": 0})
-    runs.write_json(folder / runs.SUMMARY, {"fold": 0})
+    run_files.write_json(folder / runs.SUMMARY, {"fold": 0})
     validation = pd.DataFrame({"image_id": ["a", "b"], "patient_id": ["1", "2"], "laterality": "L", "view": "CC"})
     validation = validation.assign(prediction_id=["1_L", "2_L"], cancer=[0, 1], prediction=[0.2, 0.8], machine_id="49")
-    runs.write_table(folder / runs.VALIDATION, validation.assign(site_id="1", age=60, density="B", implant=0, fold=0))
+    run_files.write_table(
+        folder / runs.VALIDATION, validation.assign(site_id="1", age=60, density="B", implant=0, fold=0)
+    )
     return root
 
 
@@ -174,8 +175,9 @@ def contestants(work: Work, config: Config, ensemble: Ensemble, plainly: bool, d
         apart.submit(_plain, work.cores, *arguments).result()
 
     def intake() -> None:
-        settings = narrowed(ensemble.settings, ensemble.longest_side).model_copy(update={"decode_on": decoding})
-        with stream(work.images, read_table(work.table), True, settings, ensemble.batch) as chunks:
+        settings = ensemble.settings.model_copy(update={"decode_on": decoding})
+        levels = levels_read(settings.levels, ensemble.longest_side)
+        with stream(work.images, read_table(work.table), True, settings, levels, ensemble.batch) as chunks:
             found = [decoder for chunk in chunks for decoder in chunk.rows["decoder"]]
         assert len(found) == work.pictures
         decoders.update(found)
@@ -231,7 +233,8 @@ def _plain(cores: int, *arguments: Any) -> None:
 def by_stage(work: Work, ensemble: Ensemble) -> dict[str, float]:
     """Milliseconds of processor time a picture on one core; intake is `ingest`, taken apart."""
     spent: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    settings, group = narrowed(ensemble.settings, ensemble.longest_side), ensemble.groups[0]
+    settings, group = ensemble.settings.model_copy(update={"codec": "none"}), ensemble.groups[0]
+    levels = levels_read(settings.levels, ensemble.longest_side)
 
     def timed(stage: str, call: Callable[[], Any]) -> Any:
         start = time.process_time()
@@ -249,7 +252,7 @@ def by_stage(work: Work, ensemble: Ensemble) -> dict[str, float]:
         values = grayscale.to_tile_values(found, found.header.photometric == "MONOCHROME1")
         crop = timed("crop", lambda values=values: find_breast(values, settings.crop_margin)).crop
         timed("levels", lambda values=values, crop=crop: tiles.build_levels(values[crop.slices], settings.levels))
-        job = ingest.Job(path.parent, store, settings, Source(path.stem, path.name, {"patient_id": "p"}))
+        job = ingest.Job(path.parent, store, settings, Source(path.stem, path.name, {"patient_id": "p"}), levels)
         timed("rest of intake", lambda job=job: ingest.ingest(job))
     spent["rest of intake"] -= spent["decode"] + spent["crop"] + spent["levels"]
     rows = work.store.manifest.head(len(paths))
@@ -270,7 +273,7 @@ def tables(work: Work, ensemble: Ensemble, count: int) -> None:
     results = Results(facts, np.full((count, 1), 0.5), [])
     written = compose(ensemble, judge(asked, results, False), results)
     for name in ("submission", "pictures", "problems"):
-        runs.write_table(work.scratch / f"{name}.csv", getattr(written, name))
+        run_files.write_table(work.scratch / f"{name}.csv", getattr(written, name))
 
 
 def turn(row: Row, cores: int) -> None:

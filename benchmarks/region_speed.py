@@ -25,7 +25,7 @@ from rich.table import Table
 from dali_pipes.decode import decode
 from preprocessing.settings import Codec
 from preprocessing.tiles import encode_level
-from training import runs
+from training import run_files
 
 SIDES = (256, 512, 1024, 2048)
 CODECS: tuple[Codec, ...] = ("zstd", "deflate", "lzw", "none")
@@ -81,7 +81,7 @@ def main(repeats: int, target: Path | None) -> None:
         )
     Console().print(shown)
     if target:
-        runs.write_json(target, {"rows": rows})
+        run_files.write_json(target, {"rows": rows})
 
 
 if __name__ == "__main__":

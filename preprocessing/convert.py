@@ -236,7 +236,7 @@ class _Run:
         """The image_ids of the manifest that is about to be replaced."""
         try:
             return set(pq.read_table(self._out / "manifest.parquet", columns=["image_id"])["image_id"].to_pylist())
-        except (OSError, pa.ArrowException):  # none yet, or a damaged one
+        except (OSError, KeyError, ValueError, pa.ArrowException):  # none yet, or a damaged one
             return set()
 
     def _sources(self, listed: pd.DataFrame | None = None) -> Iterator[Source]:
@@ -347,7 +347,9 @@ def _require_as_much(out: Path, listed: pd.DataFrame, from_csv: bool, repair: bo
     than the store's would take its pictures."""
     try:
         had = pq.read_table(out / "manifest.parquet", columns=["image_id", "cancer"]).to_pandas()
-    except (OSError, pa.ArrowException):  # none yet, or a damaged one
+    except (OSError, ValueError, pa.ArrowException):  # none yet, or a damaged one
+        return
+    if not {"image_id", "cancer"} <= set(had):
         return
     if had["cancer"].notna().any() and "cancer" not in listed:
         given = "the one given has no column cancer" if from_csv else "none is given"

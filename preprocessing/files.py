@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import IO
 from preprocessing.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_YOUNG_S = 60.0  # of a folder that is not yet locked
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -25,13 +29,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
-    """Hold a folder for one process, by a lock on the file `.lock` there, whose path it gives. The lock ends with the
+    """Hold a folder for one process, by a lock on the file `LOCK` there, whose path it gives. The lock ends with the
     process, however that ends.
 
     Raises:
         UserError: `otherwise`, where another process holds it; one of its kind where the folder cannot be written.
     """
-    path = folder / ".lock"
+    path = folder / LOCK
     try:
         file = path.open("ab")
     except OSError as error:
@@ -48,10 +52,34 @@ def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
         yield path
 
 
-def abandoned(folder: Path) -> bool:
-    """Whether the process that held a folder has ended; not where none did, or where that cannot be told."""
+@contextmanager
+def claimed(folder: Path, otherwise: UserError) -> Iterator[None]:
+    """Hold a folder, made if need be; one that nothing came into is gone at the end.
+
+    Raises:
+        UserError: as `held`.
+    """
     try:
-        with (folder / ".lock").open("rb") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(otherwise)(f"{folder}: cannot be made: {error.strerror}.") from None
+    with held(folder, otherwise) as path:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if list(folder.iterdir()) == [path]:
+                    path.unlink()
+                    folder.rmdir()
+
+
+def abandoned(folder: Path) -> bool:
+    """Whether the process that held a folder has ended; not where none did, where that cannot be told, or where the
+    folder is so young that one may be about to."""
+    try:
+        if time.time() - folder.stat().st_mtime < _YOUNG_S:
+            return False
+        with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
@@ -61,7 +89,7 @@ def abandoned(folder: Path) -> bool:
 @contextmanager
 def scratch(prefix: str) -> Iterator[Path]:
     """A temporary folder of a name that begins so, gone at the end. First those go whose process was killed."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*/.lock"):
+    for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*/{LOCK}"):
         if abandoned(lock.parent):
             shutil.rmtree(lock.parent, ignore_errors=True)
     with (

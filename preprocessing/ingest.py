@@ -43,12 +43,14 @@ class WriteError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs besides the file: folders and settings."""
+    """What a worker needs besides the file: folders and settings; `keep` names the levels that are written, where not
+    all are wanted. The others are made all the same, for smaller levels are made from larger ones."""
 
     images: Path
     store: Path
     settings: ConvertSettings
     source: Source = field(default_factory=lambda: Source("", ""))
+    keep: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         return f"Job({self.source.image_id!r})"
@@ -114,7 +116,8 @@ def stage(job: Job) -> Staged:
     facts["source_path"] = source.path
     if not source.columns and facts["format"] != "dicom" and "/" in source.path:
         facts["patient_id"] = source.path.split("/", maxsplit=1)[0]
-    described, files = _stage_tiles(job, levels, facts["patient_id"])
+    kept = {name: level for name, level in levels.items() if job.keep is None or name in job.keep}
+    described, files = _stage_tiles(job, kept, facts["patient_id"])
     return Staged(entry | {"facts": facts, "tiles": described}, files)
 
 

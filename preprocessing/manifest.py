@@ -107,10 +107,11 @@ class Store:
         """One row an image, in order of patient_id and image_id, with a fresh 0-based index."""
         path = self.root / "manifest.parquet"
         try:
-            return pd.read_parquet(path)
-        except pa.ArrowException:
+            return _checked(pq.read_table(path, page_checksum_verification=True), self.levels).to_pandas()
+        except (pa.ArrowException, OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+            what = f"damaged ({error})" if type(error) is ValueError else "damaged"
             raise StoreError(
-                f"{path}: damaged. Run the same convert again: it makes it anew from what is converted."
+                f"{path}: {what}. Run the same convert again: it makes it anew from what is converted."
             ) from None
 
     @cached_property
@@ -119,7 +120,12 @@ class Store:
         path = self.root / "rejected.csv"
         if not path.is_file():
             raise StoreError(f"{path}: not there. Run the same convert again: it makes it anew.")
-        found = pd.read_csv(path, dtype=str, keep_default_na=False)
+        try:
+            found = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except ValueError:  # pandas' own errors are ValueErrors
+            found = pd.DataFrame()
+        if not {"image_id", "reason", "detail"} <= set(found.columns):
+            raise StoreError(f"{path}: damaged. Run the same convert again: it makes it anew.")
         return found.reindex(columns=list(REJECTED_COLUMNS), fill_value="")
 
     @property
@@ -200,12 +206,33 @@ def schema(levels: tuple[str, ...], extra: Mapping[str, pa.DataType]) -> pa.Sche
     return pa.schema(fields + [pa.field(name, kind) for name, kind in extra.items()])
 
 
+def _checked(table: pa.Table, levels: tuple[str, ...]) -> pa.Table:
+    """A manifest whose columns are all there, with their types: another program that has written it anew may have taken
+    wider ones.
+
+    Raises:
+        ValueError: a column, or what must be in it, is not there.
+        pa.ArrowException: values that do not fit its type.
+    """
+    for field in schema(levels, {}):
+        at = table.schema.get_field_index(field.name)
+        if at < 0:
+            raise ValueError(f"no column {field.name}")
+        column = table.column(at)
+        if column.null_count and field.name == "image_id":
+            raise ValueError(f"{field.name} lacks in {column.null_count} rows")
+        if column.type != field.type:
+            table = table.set_column(at, field, column.cast(field.type))
+    return table
+
+
 def write_manifest(
     root: Path, rows: Iterable[Mapping[str, Any]], levels: tuple[str, ...], extra: Mapping[str, pa.DataType]
 ) -> None:
     """Replace manifest.parquet atomically by these rows, which are taken as they come and never held together."""
     described = schema(levels, extra)
-    with replaced(root / "manifest.parquet") as file, pq.ParquetWriter(file, described, compression="zstd") as writer:
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with replaced(root / "manifest.parquet") as file, pq.ParquetWriter(file, described, **options) as writer:
         iterator = iter(rows)
         while chunk := list(islice(iterator, _ROWS_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist([dict(row) for row in chunk], schema=described))

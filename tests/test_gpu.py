@@ -56,7 +56,7 @@ def test_dicom_to_submission_beside_another_program_on_the_gpu(tmp_path: Path):
         other.communicate("\n")
     assert "GiB of cuda:0 and will slow training down" in " ".join(told.split())
     (fold,) = runs.open_run(run).folds
-    assert fold.environment["device"].startswith("cuda")
+    assert fold.environment.model_extra["device"].startswith("cuda")
     out = tmp_path / "submission.csv"
     test = ("--images", data / "test_images", "--csv", data / "test.csv")
     call("predict", "--runs", run, *test, "--out", out, "--decode-on", "gpu", "-q")

@@ -165,15 +165,15 @@ def _require_same(found: Sequence[tuple[str, ConvertSettings]]) -> None:
 
 def _settings(fold: FoldRun) -> ConvertSettings:
     """The settings of the store that a fold was trained on, as its run recorded them, else as the store says."""
-    recorded = fold.environment.get("store_settings")
+    recorded = fold.environment.store_settings
     if recorded is not None:
-        return ConvertSettings.model_validate(recorded)
+        return recorded
     try:
-        return open_store(fold.environment.get("store", "")).settings
+        return open_store(fold.environment.store).settings
     except StoreError:
         raise RunError(
             f"{fold.folder / runs.ENVIRONMENT}: does not say how the training pictures were converted, and their store "
-            f"{fold.environment.get('store')} is not there. Train the run again."
+            f"{fold.environment.store} is not there. Train the run again."
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from scipy.special import expit
 
 from preprocessing.errors import RunError
@@ -35,6 +35,12 @@ class Calibration(BaseModel):
     temperature: float = 1.0
     x: tuple[float, ...] = ()
     y: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Calibration:
+        if self.temperature <= 0 or len(self.x) != len(self.y) or (self.method == "isotonic") != bool(self.x):
+            raise ValueError("expected a temperature above 0, and as many y as x where the map is isotonic")
+        return self
 
     def __call__(self, probabilities: ArrayLike) -> NDArray[np.float64]:
         """Calibrated probabilities, float64 in [0, 1], of such in [0, 1]; NaN stays."""

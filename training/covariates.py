@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from scipy.special import expit
 
 from preprocessing.errors import InputError, RunError
@@ -39,6 +39,12 @@ class Covariates(BaseModel):
     slope: float = 1.0
     weights: tuple[float, ...] = ()
     means: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Covariates:
+        if not len(self.names) == len(self.weights) == len(self.means) or not set(self.names) <= set(NAMES):
+            raise ValueError(f"expected a weight and a mean for each name, of {', '.join(NAMES)}")
+        return self
 
     def __call__(self, probabilities: ArrayLike, table: pd.DataFrame) -> NDArray[np.float64]:
         """Probabilities, float64 [breasts] in [0, 1], of the pictures' own, likewise; NaN stays.

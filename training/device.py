@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
 from preprocessing.errors import ConfigError
 
+DEVICES = r"auto|cpu|cuda(:[0-9]+)?"
 _NOTICED = 2**30  # bytes
 
 
@@ -19,6 +21,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: a GPU is asked for that is not there.
     """
+    if not re.fullmatch(DEVICES, name):
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N.")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):

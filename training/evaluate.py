@@ -14,7 +14,7 @@ import pandas as pd
 
 from preprocessing.errors import RunError
 from preprocessing.manifest import Store
-from training import covariates, metrics, runs
+from training import covariates, metrics, run_files, runs
 from training.runs import Run
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ def evaluate(
         _check_store(opened, store)
         take_facts(opened, store)
     result, breasts = judge(opened, out_of_fold(opened), resamples, names)
-    runs.write_json(opened.root / runs.METRICS, result)
-    runs.write_table(opened.root / "metrics.csv", as_table(result))
-    runs.write_table(opened.root / "out_of_fold.csv", breasts)
+    run_files.write_json(opened.root / runs.METRICS, result)
+    run_files.write_table(opened.root / "metrics.csv", as_table(result))
+    run_files.write_table(opened.root / "out_of_fold.csv", breasts)
     return result
 
 
@@ -101,7 +101,7 @@ def judge(
         "pictures_alone": _pictures_alone(alone) if taken else None,
     }
     result["warnings"] = _warnings(run, result)
-    return runs.plain(result), breasts
+    return run_files.plain(result), breasts
 
 
 def judged_from(run: Run) -> list[dict[str, Any]]:
@@ -174,10 +174,10 @@ def unseen(run: Run, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: floa
     new = pd.Series(False, index=frame.index)
     machines, sites = set(), set()
     for fold in run.folds:
-        trained = fold.environment.get("training", {})
+        trained = fold.environment.training  # of which runs of earlier versions say nothing
         own = frame["fold"] == fold.fold
-        strange_machine = own & ~frame["machine_id"].isin(trained.get("machines", frame["machine_id"].unique()))
-        strange_site = own & ~frame["site_id"].isin(trained.get("sites", frame["site_id"].unique()))
+        strange_machine = own & ~frame["machine_id"].isin(trained.machines or frame["machine_id"].unique())
+        strange_site = own & ~frame["site_id"].isin(trained.sites or frame["site_id"].unique())
         machines |= set(frame.loc[strange_machine, "machine_id"])
         sites |= set(frame.loc[strange_site, "site_id"])
         new |= strange_machine | strange_site
@@ -299,16 +299,16 @@ def take_facts(run: Run, store: Store) -> None:
         if changed.any():
             with runs.locked(fold.folder):
                 log.info("%s: what the store's table says of %d pictures is taken anew.", fold.folder, changed.sum())
-                runs.write_table(path, said.assign(**{name: facts[name] for name in names}))
+                run_files.write_table(path, said.assign(**{name: facts[name] for name in names}))
             fold.__dict__.pop("validation")
 
 
 def _check_store(run: Run, store: Store) -> None:
     for fold in run.folds:
-        trained_on = fold.environment.get("store_fingerprint")
+        trained_on = fold.environment.store_fingerprint
         if not store.is_known_as(trained_on):
             raise RunError(
-                f"{fold.folder}: it was trained on another store ({fold.environment.get('store')}, fingerprint "
+                f"{fold.folder}: it was trained on another store ({fold.environment.store}, fingerprint "
                 f"{str(trained_on)[:12]}) than {store.root} ({store.fingerprint[:12]}); give that one with --store."
             )
 

@@ -26,7 +26,7 @@ from dali_pipes.source import level_of, output_to_tile, tile_size
 from preprocessing.files import write_atomically
 from preprocessing.ingest import safe_name
 from preprocessing.manifest import Store
-from training import runs
+from training import run_files
 from training.ensemble import Ensemble, Group
 from training.model import MammoModel
 
@@ -94,7 +94,7 @@ def explain(
             "scale": scale,  # of the picture beside it
             "regions": [asdict(region) for region in regions(hot, scale, share)],
         }
-        runs.write_json(path.with_suffix(".json"), described)
+        run_files.write_json(path.with_suffix(".json"), described)
         written.append(path)
     return written
 

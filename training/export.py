@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -25,13 +26,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import ConfigError, RunError
 from preprocessing.files import scratch, write_atomically
 from preprocessing.settings import ConvertSettings
-from training import runs
+from training import run_files, runs
 from training.assemble import Aggregate, open_ensemble
 from training.calibration import Calibration, Method
 from training.covariates import Covariates
@@ -44,6 +46,22 @@ VERSION = 1
 # Probabilities of the exported model may leave torch's by this much; rounding of float32 is far below.
 TOLERANCE = 1e-4
 _BATCHES = (2, 1, 5)  # the first one is traced, all are compared
+
+
+class Description(BaseModel):
+    """What model.json must say for an exported model to be used; the rest of it is for people."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    sha256: dict[str, str]
+    pipeline: PipelineSettings
+    loader: LoaderSettings
+    conversion: ConvertSettings
+    aggregate: str = Field(pattern=r"^(mean|max|noisy_or|power:\d+(\.\d+)?)$")
+    prior: float = Field(ge=0, le=1)
+    threshold: float | None  # none where the breasts were of one class
+    calibration: Calibration
+    covariates: Covariates = Covariates()  # exports before 2026-11-26 had none
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,11 @@ class OnnxModel:
         except Exception as error:  # noqa: BLE001 - its own kinds have no common base
             raise RunError(f"{path}: onnxruntime cannot load it ({' '.join(str(error).split())}).") from None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of a picture."""
+        return tuple(self._session.get_inputs()[0].shape[1:])
+
     def probabilities(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities, float32 [B], of pictures, float32 [B, C, H, W]."""
         return np.asarray(self._session.run(["probability"], {"image": image})[0])
@@ -129,8 +152,6 @@ def export(
     pictures = [torch.randn(batch, *shape, generator=generator) for batch in _BATCHES]
     with torch.inference_mode():
         wanted = [model(picture).numpy() for picture in pictures]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / DESCRIPTION).unlink(missing_ok=True)
     with scratch("mammopipe-export-") as traced:
         onnx_path, program_path = _trace(model, pictures[0], traced)
         session, program = OnnxModel(onnx_path, torch.device("cpu")), torch.export.load(program_path).module()
@@ -147,12 +168,14 @@ def export(
         folds = runs.folds_of(folder)
         contents = {ONNX: onnx_path.read_bytes(), PROGRAM: program_path.read_bytes()}
         contents |= {f"fold{fold.fold}.safetensors": fold.best.read_bytes() for fold in folds}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / DESCRIPTION).unlink(missing_ok=True)
     for name, content in contents.items():
         write_atomically(out / name, content)
     for earlier in set(out.glob("fold*.safetensors")) - {out / name for name in contents}:
         if re.fullmatch(r"fold\d+", earlier.stem):
             earlier.unlink()
-    runs.write_json(out / DESCRIPTION, _description(ensemble, folds, contents, summary))
+    run_files.write_json(out / DESCRIPTION, _description(ensemble, folds, contents, summary))
     return summary
 
 
@@ -172,26 +195,34 @@ def open_exported(path: Path, device: str = "auto") -> Ensemble:
     for file in (path, beside):
         if not file.is_file():
             raise RunError(f"{file}: no such file. Make it with: python cli.py export --runs RUN --out {path.parent}")
-    known = runs.read_json(beside)
-    if not isinstance(known, dict) or known.get("format") != FORMAT or known.get("version") != VERSION:
-        raise RunError(f"{beside}: not an export of this program's version {VERSION}. Export the run again.")
+    again = "Export the run again."
+    known = run_files.read_json(beside, again)
+    if known.get("format") != FORMAT or known.get("version") != VERSION:
+        raise RunError(f"{beside}: not an export of this program's version {VERSION}. {again}")
+    try:
+        described = Description.model_validate(known)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise RunError(f"{beside}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}. {again}") from None
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if known["sha256"].get(path.name) != sha256:
-        raise RunError(f"{path}: its SHA-256 is not the one in {beside.name}; it is damaged. Export the run again.")
+    if described.sha256.get(path.name) != sha256:
+        raise RunError(f"{path}: its SHA-256 is not the one in {beside.name}; it is damaged. {again}")
     place = pick_device(device)
-    member = Member(0, sha256, OnnxModel(path, place), torch.float32, channels_last=False)
-    loader = LoaderSettings.model_validate(known["loader"])
+    model, pipeline = OnnxModel(path, place), described.pipeline
+    if model.shape != (pipeline.channels, pipeline.height, pipeline.width):
+        raise RunError(f"{beside}: pipeline: not the size that {path.name} takes, {model.shape}. {again}")
+    member = Member(0, sha256, model, torch.float32, channels_last=False)
     return Ensemble(
         names=(str(path),),
-        groups=(Group(PipelineSettings.model_validate(known["pipeline"]), loader, (member,)),),
+        groups=(Group(pipeline, described.loader, (member,)),),
         weights=np.ones(1),
-        aggregates=(known["aggregate"],),
-        prior=known["prior"],
-        threshold=known["threshold"],
-        settings=ConvertSettings.model_validate(known["conversion"]),
+        aggregates=(described.aggregate,),
+        prior=described.prior,
+        threshold=math.nan if described.threshold is None else described.threshold,
+        settings=described.conversion,
         device=place,
-        calibration=Calibration.model_validate(known["calibration"]),
-        covariates=(Covariates.model_validate(known.get("covariates", {})),),  # exports before 2026-11-26 had none
+        calibration=described.calibration,
+        covariates=(described.covariates,),
     )
 
 

@@ -1,6 +1,6 @@
 """Feature extraction: what each fold's model sees in a store's pictures, as vectors for other programs.
 
-`fold<K>.parquet` has a row a picture, in the manifest's order: the ids and facts of `runs.VALIDATION_COLUMNS`, and
+`fold<K>.parquet` has a row a picture, in the manifest's order: the ids and facts of `run_files.VALIDATION_COLUMNS`, and
     held_out     bool: a picture that this fold was validated on, not trained
     prediction   float32, in [0, 1]: the model's probability of cancer
     embedding    float32 [F]: the pooled features that the head judges (1536 of an EfficientNet-B3)
@@ -24,7 +24,7 @@ from preprocessing.errors import StoreError
 from preprocessing.files import replaced
 from preprocessing.manifest import Store, open_store
 from preprocessing.progress import Progress, Report
-from training import runs
+from training import run_files, runs
 from training.assemble import open_ensemble, require_same_conversion
 from training.ensemble import Ensemble
 from training.failures import prediction_advice
@@ -139,7 +139,7 @@ def _write(
     probability: NDArray[np.float32],
     features: NDArray[np.float32],
 ) -> None:
-    facts = rows[[name for name in runs.VALIDATION_COLUMNS if name in rows]]
+    facts = rows[[name for name in run_files.VALIDATION_COLUMNS if name in rows]]
     table = pa.Table.from_pandas(facts, preserve_index=False)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
     columns = {"held_out": pa.array(held_out), "prediction": pa.array(probability), "embedding": vectors}

@@ -14,7 +14,7 @@ import torch
 
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store, open_store
-from training import folds, runs
+from training import folds, run_files, runs
 from training.batch_size import find_batch_size
 from training.config import Config, DataSettings
 from training.device import held_by_others, pick_device
@@ -164,5 +164,15 @@ def _look(folder: Path, config: Config, store: Store, resume: bool) -> FitSummar
         )
     if not (folder / runs.SUMMARY).is_file():
         return None
-    summary = FitSummary(**runs.read_json(folder / runs.SUMMARY))
+    if not (folder / runs.BEST).is_file():
+        raise RunError(
+            f"{folder}: finished, but its best model ({runs.BEST}) is gone. Restore it, or train the fold again into "
+            "another folder."
+        )
+    try:
+        summary = replace(FitSummary(**run_files.read_json(folder / runs.SUMMARY)), folder=str(folder))
+    except TypeError:
+        raise RunError(
+            f"{folder / runs.SUMMARY}: not what training writes there. Remove it, and --resume writes it anew."
+        ) from None
     return summary if summary.value is not None else replace(summary, value=math.nan)  # which JSON lacks

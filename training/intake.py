@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,18 +60,13 @@ def from_store(store: Store, listed: pd.DataFrame | None = None) -> Chunk:
     return Chunk(store, rows.sort_values("image_id", ignore_index=True), len(rows) + len(failed), failed)
 
 
-def narrowed(settings: ConvertSettings, longest_side: int, also: Collection[str] = ()) -> ConvertSettings:
-    """The same conversion without the levels that are larger than any that the loader would choose, and uncompressed.
-
-    Each level is made from the source's own resolution, so the ones that stay have the same pixels. `also` stay: those
-    that patches are read from.
-    """
-    enough = [level for level in settings.levels if level != FULL and int(level) >= longest_side]
-    kept = settings.levels
-    if enough:
-        most = int(enough[-1])
-        kept = tuple(each for each in settings.levels if each in also or (each != FULL and int(each) <= most))
-    return settings.model_copy(update={"levels": kept, "codec": "none"})
+def levels_read(levels: Sequence[str], longest_side: int, also: Collection[str] = ()) -> tuple[str, ...]:
+    """The levels that are not larger than any that the loader would choose, and `also`, which patches are read from."""
+    enough = [level for level in levels if level != FULL and int(level) >= longest_side]
+    if not enough:
+        return tuple(levels)
+    most = int(enough[-1])
+    return tuple(each for each in levels if each in also or (each != FULL and int(each) <= most))
 
 
 @contextmanager
@@ -80,6 +75,7 @@ def stream(
     listed: pd.DataFrame,
     from_csv: bool,
     settings: ConvertSettings,
+    levels: tuple[str, ...],
     batch: int,
     start: int = 0,
     count: int = 0,
@@ -90,7 +86,8 @@ def stream(
         images: their folder.
         listed: their table, from `preprocessing.table`.
         from_csv: whether it is the user's own table, or a listing of the folder.
-        settings: the conversion; `narrowed` spares work.
+        settings: the conversion.
+        levels: of it those that are wanted; `levels_read`.
         batch: chunks have a multiple of so many rows, the last one excepted.
         start: pictures to leave out, for an earlier call got that far: the `position` of one of its chunks.
         count: processes; 0 for one a core.
@@ -106,11 +103,13 @@ def stream(
     ordered = listed.sort_values("image_id", ignore_index=True).iloc[start:]
     with scratch("mammopipe-predict-") as spool:
         ingest.scratch_folder(spool).mkdir()
-        store = Store(spool, settings)
-        jobs = (ingest.Job(images.absolute(), spool, settings, s) for s in sources(images, ordered, from_csv))
+        settings = settings.model_copy(update={"codec": "none"})
+        store = Store(spool, settings.model_copy(update={"levels": levels}))
+        jobs = (ingest.Job(images.absolute(), spool, settings, s, levels) for s in sources(images, ordered, from_csv))
         limits = workers.Limits.of(settings)
         outcomes = workers.run_local(ingest.stage, jobs, count, limits, partial(ingest.settle, durable=False))
-        with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), start, store, batch)) as chunks:
+        stop = threading.Event()
+        with _ahead(_chunks(outcomes, ordered["image_id"].tolist(), start, store, batch, stop), stop) as chunks:
             yield _then_removed(chunks)
 
 
@@ -123,9 +122,14 @@ def _then_removed(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
 
 
 def _chunks(
-    outcomes: Generator[workers.Outcome, None, None], order: list[str], start: int, store: Store, batch: int
+    outcomes: Generator[workers.Outcome, None, None],
+    order: list[str],
+    start: int,
+    store: Store,
+    batch: int,
+    stop: threading.Event,
 ) -> Generator[Chunk, None, None]:
-    """Outcomes, which come as they are done, as chunks in the given order of image_ids."""
+    """Outcomes, which come as they are done, as chunks in the given order of image_ids, until they have to `stop`."""
     described = schema(store.levels, {})
     waiting: dict[str, workers.Outcome] = {}
     rows: list[dict[str, Any]] = []
@@ -144,6 +148,8 @@ def _chunks(
 
     try:
         for outcome in outcomes:
+            if stop.is_set():
+                return
             waiting[outcome.task.source.image_id] = outcome
             while position < len(order) and order[position] in waiting:
                 _take(waiting.pop(order[position]), rows, failed)
@@ -182,10 +188,10 @@ def _rounded_up(rows: int, batch: int) -> int:
 
 
 @contextmanager
-def _ahead(chunks: Generator[Chunk, None, None]) -> Iterator[Iterator[Chunk]]:
-    """Draw chunks in a thread, a few ahead, so that decoding goes on while the models work."""
+def _ahead(chunks: Generator[Chunk, None, None], stop: threading.Event) -> Iterator[Iterator[Chunk]]:
+    """Draw chunks in a thread, a few ahead, for decoding to go on while the models work. `stop` is set at the end."""
     drawn: queue.Queue[Any] = queue.Queue(maxsize=_AHEAD)
-    stop, end = threading.Event(), object()
+    end = object()
 
     def put(item: Any) -> None:
         while not stop.is_set():

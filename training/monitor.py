@@ -20,7 +20,8 @@ from training.advice import Job, advise
 from training.config import MonitorSettings
 from training.console import Console
 from training.gpu import GpuReader
-from training.runs import RECORDS, plain
+from training.run_files import plain
+from training.runs import RECORDS
 from training.trackers import Tracker, numbers
 
 TELLING = 3  # samples from which on they say what limits a job

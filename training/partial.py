@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from preprocessing.files import write_atomically
+from preprocessing.errors import InputError
+from preprocessing.files import LOCK, claimed, write_atomically
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,42 @@ class Part:
     failed: list[list[str]]
 
 
-class Partial:
-    """The parts done, in a folder beside the submission that is there only while a prediction is unfinished.
+@contextmanager
+def unfinished(out: Path, key: str) -> Iterator[Partial]:
+    """The parts of a submission that are done, in a folder beside it that is there only while it is unfinished. One
+    prediction holds it.
 
     Args:
-        out: the submission; None keeps nothing on disk.
+        out: the submission.
         key: everything that the predictions depend on; parts made with another key are thrown away.
+
+    Raises:
+        InputError: another prediction writes there, or the folder cannot be written.
+    """
+    folder = out.with_name(f".{out.name}.partial")
+    busy = f"{out}: another prediction is being written there. Wait for it to end, or take another --out."
+    with claimed(folder, InputError(busy)):
+        yield Partial(folder, hashlib.sha256(key.encode()).hexdigest())
+
+
+class Partial:
+    """The parts done.
+
+    Args:
+        folder: where they are kept; without one they are not.
+        key: of what they were made with.
     """
 
-    def __init__(self, out: Path | None, key: str) -> None:
-        self._folder = out.with_name(f".{out.name}.partial") if out else None
-        self._key = hashlib.sha256(key.encode()).hexdigest()
+    def __init__(self, folder: Path | None = None, key: str = "") -> None:
+        self._folder, self._key = folder, key
         self.parts: list[Part] = []
-        if self._folder is None:
+        if folder is None:
             return
-        head = self._folder / "key"
-        if head.is_file() and head.read_text(encoding="utf-8") == self._key:
-            self.parts = _read(self._folder)
+        head = folder / "key"
+        if head.is_file() and head.read_bytes() == key.encode():
+            self.parts = _read(folder)
         else:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self.clear()
 
     @property
     def position(self) -> int:
@@ -55,28 +74,30 @@ class Partial:
         return self.parts[-1].position if self.parts else 0
 
     def add(self, part: Part) -> None:
-        """Keep a part, by where it begins: what another call with this submission keeps meanwhile leaves no gap."""
+        """Keep a part, by where it begins."""
         start = self.position
         self.parts.append(part)
-        if self._folder is None:
-            return
-        if not self._folder.is_dir():  # the first part, or another call with this submission has ended meanwhile
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._folder / "key", self._key.encode())
-        path = self._folder / f"{start}.json"
-        write_atomically(path, json.dumps(asdict(part)).encode())  # NaN stays NaN: Python alone reads this
+        if self._folder is not None:
+            if not (self._folder / "key").is_file():
+                write_atomically(self._folder / "key", self._key.encode())
+            # NaN stays NaN: Python alone reads this.
+            write_atomically(self._folder / f"{start}.json", json.dumps(asdict(part)).encode())
 
     def clear(self) -> None:
         """Forget the parts on disk: the submission is written."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        for path in self._folder.iterdir() if self._folder is not None else ():
+            if path.name != LOCK:
+                path.unlink()
 
 
 def _read(folder: Path) -> list[Part]:
     parts: list[Part] = []
     position = 0
     while (path := folder / f"{position}.json").is_file():
-        parts.append(Part(**json.loads(path.read_text(encoding="utf-8"))))
+        try:
+            parts.append(Part(**json.loads(path.read_bytes())))
+        except (TypeError, ValueError):  # damaged; it is made anew
+            break
         if parts[-1].position <= position:  # the last one, without a picture
             break
         position = parts[-1].position

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,13 @@ from preprocessing.errors import InputError
 from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from preprocessing.settings import DecodeOn
-from training import runs
+from training import run_files
 from training.assemble import Aggregate, Weights, average, given_weights, open_ensemble, require_same_conversion
 from training.calibration import Method
 from training.ensemble import Ensemble
 from training.failures import loading_advice, prediction_advice
-from training.intake import Chunk, from_store, narrowed, stream
-from training.partial import Part, Partial
+from training.intake import Chunk, from_store, levels_read, stream
+from training.partial import Part, Partial, unfinished
 from training.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
 from training.timing import Untimed, timed
 
@@ -158,57 +159,64 @@ def predict(
         )
     if models and explain is not None:
         raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
-    if csv is not None and out.resolve() == csv.resolve():
-        raise InputError(f"{out}: this is the pictures' table; name another file for the submission.")
+    if out.name in (IMAGES, PROBLEMS, SETTINGS):
+        raise InputError(f"{out}: another file of this name is written beside the submission; give that another one.")
+    names = {out.with_name(name).resolve() for name in (out.name, IMAGES, PROBLEMS, SETTINGS)}
+    if csv is not None and csv.resolve() in names:
+        raise InputError(f"{csv}: this is the pictures' table, and would be written over; take another --out.")
     listed = tables.read_table(csv, columns, labels=False) if csv is not None else None
-    if store is not None:
-        opened = open_store(store)
-        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
-        require_same_conversion(ensemble, opened)
-        asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
-        kept, chunks = Partial(None, ""), nullcontext(iter([from_store(opened, listed)]))
-    else:
-        assert images is not None
-        if not images.is_dir():
-            raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
-        files = listed if listed is not None else tables.walk_folder(images)
-        ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
-        asked = asked_by_table(files)
-        drawn = (explain_threshold, explain_method, ensemble.weights.tolist())
-        overlays = (str(explain.resolve()), *drawn) if explain is not None else None
-        kept = Partial(out, _key(ensemble, images, files, listed is not None, (tta, all_windows, overlays)))
-        patched = [level for group in ensemble.groups if (level := group.pipeline.patch_level) is not None]
-        settings = narrowed(ensemble.settings, ensemble.longest_side, patched)
-        settings = settings.model_copy(update={"decode_on": decode_on})
-        chunks = stream(images, files, listed is not None, settings, ensemble.batch, kept.position, workers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    after = None
-    if explain is not None:
-        after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
-    advice = prediction_advice(ensemble.largest_batch, ensemble.longest_side)
-    try:
-        with advice, chunks as taken:
-            results = _run(ensemble, taken, kept, len(asked), (tta, all_windows), progress, after, monitor or Untimed())
-    except (KeyboardInterrupt, SystemExit):
-        if store is None and kept.position:
-            log.warning("Stopped after %d pictures; the same command goes on from there.", kept.position)
-        raise
-    written = compose(ensemble, judge(asked, results, store is not None), results, binary)
-    runs.write_table(out.parent / IMAGES, written.pictures)
-    runs.write_table(out.parent / PROBLEMS, written.problems)
-    averaged = {"mirror_averaged": tta, "windows_averaged": all_windows}
-    runs.write_json(out.parent / SETTINGS, {**ensemble.describe(), **averaged, "binary": binary})
-    runs.write_table(out, written.submission)
-    kept.clear()
-    return PredictSummary(
-        out=out,
-        breasts=len(written.submission),
-        images=len(asked),
-        problems=len(written.problems),
-        from_prior=written.from_prior,
-        prior=ensemble.prior,
-        of_mean=written.of_mean,
-    )
+    with ExitStack() as held:
+        if store is not None:
+            opened = open_store(store)
+            ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
+            require_same_conversion(ensemble, opened)
+            asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
+            kept, chunks = Partial(), nullcontext(iter([from_store(opened, listed)]))
+        else:
+            assert images is not None
+            if not images.is_dir():
+                raise InputError(f"{images}: no such folder of pictures. Give one with --images.")
+            files = listed if listed is not None else tables.walk_folder(images)
+            ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
+            asked = asked_by_table(files)
+            drawn = (explain_threshold, explain_method, ensemble.weights.tolist())
+            overlays = (str(explain.resolve()), *drawn) if explain is not None else None
+            key = _key(ensemble, images, files, listed is not None, (tta, all_windows, overlays))
+            kept = held.enter_context(unfinished(out, key))
+            patched = [level for group in ensemble.groups if (level := group.pipeline.patch_level) is not None]
+            levels = levels_read(ensemble.settings.levels, ensemble.longest_side, patched)
+            settings = ensemble.settings.model_copy(update={"decode_on": decode_on})
+            chunks = stream(images, files, listed is not None, settings, levels, ensemble.batch, kept.position, workers)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        after = None
+        if explain is not None:
+            after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)
+        if binary and not math.isfinite(ensemble.threshold):
+            raise InputError("--binary: no threshold was chosen: the runs' out-of-fold breasts are all of one class.")
+        advice, averaged = prediction_advice(ensemble.largest_batch, ensemble.longest_side), (tta, all_windows)
+        try:
+            with advice, chunks as taken:
+                results = _run(ensemble, taken, kept, len(asked), averaged, progress, after, monitor or Untimed())
+        except (KeyboardInterrupt, SystemExit):
+            if store is None and kept.position:
+                log.warning("Stopped after %d pictures; the same command goes on from there.", kept.position)
+            raise
+        written = compose(ensemble, judge(asked, results, store is not None), results, binary)
+        run_files.write_table(out.parent / IMAGES, written.pictures)
+        run_files.write_table(out.parent / PROBLEMS, written.problems)
+        made = {"mirror_averaged": tta, "windows_averaged": all_windows, "binary": binary}
+        run_files.write_json(out.parent / SETTINGS, {**ensemble.describe(), **made})
+        run_files.write_table(out, written.submission)
+        kept.clear()
+        return PredictSummary(
+            out=out,
+            breasts=len(written.submission),
+            images=len(asked),
+            problems=len(written.problems),
+            from_prior=written.from_prior,
+            prior=ensemble.prior,
+            of_mean=written.of_mean,
+        )
 
 
 def _open(

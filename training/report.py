@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -13,10 +13,10 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from preprocessing.errors import StoreError
+from preprocessing.errors import RunError, StoreError
 from preprocessing.files import write_atomically
 from preprocessing.manifest import Store, open_store
-from training import evaluate, figures, metrics, report_pictures, runs
+from training import evaluate, figures, metrics, report_pictures, run_files, runs
 from training import report_sections as sections
 from training.config import dump
 from training.runs import Run
@@ -81,7 +81,7 @@ def _describe(run: Run, name: str, full: bool) -> dict[str, Any]:
         "summary": _summary(run, result),
         "full": full,
         "config": dump(run.folds[0].config),
-        "environment": json.dumps(run.folds[0].environment, indent=2),
+        "environment": run.folds[0].environment.model_dump_json(indent=2, exclude_unset=True),
         "backbone": run.folds[0].config.model.backbone,
         "size": f"{run.folds[0].config.pipeline.height} × {run.folds[0].config.pipeline.width}",
         "advice": list(dict.fromkeys(s["advice"] for fold in run.folds for s in fold.records("summary")[-1:])),
@@ -116,9 +116,13 @@ def _breasts(run: Run, frame: pd.DataFrame, result: dict[str, Any]) -> pd.DataFr
 def _metrics(run: Run) -> dict[str, Any]:
     """metrics.json where it was made from these folds and predictions, else the same figures now."""
     path = run.root / runs.METRICS
-    saved = runs.read_json(path) if path.is_file() else {}
-    now = evaluate.judged_from(run)
-    if [{key: of.get(key) for key in now[0]} for of in saved.get("folds", [])] == now:
+    saved: dict[str, Any] = {}
+    if path.is_file():
+        with suppress(RunError):  # it is made of what is there
+            saved = run_files.read_json(path)
+    now, folds = evaluate.judged_from(run), saved.get("folds")
+    there = [of for of in folds if isinstance(of, dict)] if isinstance(folds, list) else []
+    if [{key: of.get(key) for key in now[0]} for of in there] == now:
         return saved
     return evaluate.judge(run, evaluate.out_of_fold(run), names=saved.get("covariates"))[0]
 
@@ -167,8 +171,8 @@ def _store(run: Run) -> Store | None:
     """The store that the run was trained on, where it is still there unchanged."""
     environment = run.folds[0].environment
     try:
-        store = open_store(environment.get("store", ""))
-        if store.is_known_as(environment.get("store_fingerprint")):
+        store = open_store(environment.store)
+        if store.is_known_as(environment.store_fingerprint):
             return store
         problem = "it has changed since"
     except (StoreError, OSError) as error:

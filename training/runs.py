@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-import yaml
 
 from preprocessing.errors import RunError
-from preprocessing.files import held, write_atomically
+from preprocessing.files import claimed, write_atomically
 from preprocessing.manifest import Store
+from training import run_files
 from training.config import Config, dump, validate
+from training.run_files import Environment
 
 if TYPE_CHECKING:
     import torch
@@ -40,13 +39,8 @@ CHECKPOINTS = "checkpoints"
 BEST = "checkpoints/best.safetensors"
 METRICS = "metrics.json"
 
-VALIDATION_COLUMNS = (
-    *("image_id", "patient_id", "laterality", "view", "prediction_id", "cancer", "site_id", "machine_id"),
-    *("age", "density", "implant", "fold", "prediction"),
-)
 # What a table says of a picture beside what the model is trained on: it may be corrected later.
 FACTS = ("site_id", "machine_id", "age", "density", "implant")
-_ID_COLUMNS = ("image_id", "patient_id", "laterality", "view", "prediction_id", "site_id", "machine_id", "density")
 
 
 @dataclass(frozen=True)
@@ -60,12 +54,17 @@ class FoldRun:
     def config(self) -> Config:
         """The configuration that it was trained with."""
         # Not load_config: debug mode would lay its values over the saved ones again.
-        return validate(read_config(self.folder), where=str(self.folder / CONFIG))
+        path = self.folder / CONFIG
+        return validate(run_files.read_config(path), where=str(path))
 
     @cached_property
-    def environment(self) -> dict[str, Any]:
-        """What environment.json says: versions, device, store, fold, command."""
-        return read_json(self.folder / ENVIRONMENT)
+    def environment(self) -> Environment:
+        """What environment.json says: versions, device, store, fold, command.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        return run_files.read_environment(self.folder / ENVIRONMENT)
 
     @property
     def finished(self) -> bool:
@@ -84,23 +83,11 @@ class FoldRun:
         Raises:
             RunError: there are none yet, or the file is damaged.
         """
-        path = self.folder / VALIDATION
-        if not path.is_file():
-            raise RunError(f"{path}: not there yet; the fold has not finished its first epoch. Train it with --resume.")
-        try:
-            # Nothing but an empty cell lacks: NA is a site as good as another.
-            found = pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str), keep_default_na=False, na_values=[""])
-        except ValueError as error:  # pandas' own errors are ValueErrors
-            raise RunError(f"{path}: not readable as a CSV ({error}); the run is damaged there.") from None
-        needed = ("image_id", "patient_id", "prediction_id", "cancer", "fold", "prediction")
-        lacking = [column for column in needed if column not in found]
-        if lacking:
-            raise RunError(f"{path}: it has no column {lacking[0]}; the run is damaged there.")
-        return found.fillna(dict.fromkeys(_ID_COLUMNS, ""))
+        return run_files.read_validation(self.folder / VALIDATION, self.fold)
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind; a last line cut off by a crash is passed over."""
-        return [record for record in read_records(self.folder / RECORDS) if record.get("kind") == kind]
+        return [each for each in run_files.read_records(self.folder / RECORDS) if each.get("kind") == kind]
 
 
 @dataclass(frozen=True)
@@ -164,13 +151,16 @@ def continues(folder: Path, config: Config, store: Store) -> bool:
 
 def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     """What this configuration and store differ in from those that a fold's folder was begun with."""
-    saved = read_config(folder)
-    wanted = config.model_dump(mode="json")
-    environment = FoldRun(folder, 0).environment
+    begun = FoldRun(folder, 0)
+    saved, wanted, environment = (
+        begun.config.model_dump(mode="json"),
+        config.model_dump(mode="json"),
+        begun.environment,
+    )
     # More processes with smaller batches are the same training as long as the global batch is.
     was, now = saved["data"]["loader"], wanted["data"]["loader"]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if was["batch_size"] * environment.get("processes", 1) == now["batch_size"] * processes:
+    if was["batch_size"] * environment.processes == now["batch_size"] * processes:
         was["batch_size"] = now["batch_size"]
     if saved["train"].get("auto_batch") and wanted["train"]["auto_batch"]:  # the size that was found stays
         was["batch_size"] = now["batch_size"]
@@ -180,12 +170,12 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     from training.folds import held_out_digest
 
     found = checkpoint.differences(saved, wanted)
-    begun_on = environment.get("store_fingerprint")
+    begun_on = environment.store_fingerprint
     if not store.is_known_as(begun_on):
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
-    elif "held_out" in environment and environment["held_out"] != held_out_digest(store, environment["fold"]):
-        found.append(f"folds: fold {environment['fold']} of {store.root} holds other pictures out than it did")
-    begun_with, now_there = environment.get("facts", {}), facts_trained_on(store, config)
+    elif environment.held_out not in (None, held_out_digest(store, environment.fold)):
+        found.append(f"folds: fold {environment.fold} of {store.root} holds other pictures out than it did")
+    begun_with, now_there = environment.facts, facts_trained_on(store, config)
     changed = sorted(name for name in begun_with.keys() & now_there.keys() if begun_with[name] != now_there[name])
     for name in changed:
         listed = name == "hard_negatives"
@@ -202,86 +192,16 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another training holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     busy = f"{folder}: another training is writing there. Wait for it to end, or take another --out."
-    with held(folder, RunError(busy)) as path:
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if list(folder.iterdir()) == [path]:
-                    path.unlink()
-                    folder.rmdir()
+    with claimed(folder, RunError(busy)):
+        yield
 
 
 def begin(folder: Path, config: Config, environment: dict[str, Any]) -> None:
     """Make a fold's folder; its configuration is written last, so a folder with one is whole."""
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    write_json(folder / ENVIRONMENT, environment)
+    run_files.write_json(folder / ENVIRONMENT, environment)
     write_atomically(folder / CONFIG, dump(config).encode())
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration that a fold's folder was begun with, as plain values.
-
-    Raises:
-        RunError: not readable.
-    """
-    path = folder / CONFIG
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        tree = None
-    if not isinstance(tree, dict):
-        raise RunError(f"{path}: not readable as YAML; the run is damaged there.")
-    return tree
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity, which JSON lacks, become null."""
-    write_atomically(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
-
-    Raises:
-        RunError: not readable.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RunError(f"{path}: not readable as JSON; the run is damaged there.") from None
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a CSV atomically; numbers in full, so that they read back equal."""
-    write_atomically(path, table.to_csv(index=False, lineterminator="\n").encode())
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; a last line cut off by a crash is passed over."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def drop_records_after(path: Path, epoch: int, step: int) -> None:
-    """Forget the lines of metrics.jsonl that a run resumed in an epoch (from 0), after a step, writes again."""
-
-    def stays(record: dict[str, Any]) -> bool:
-        ended = record.get("kind") != "epoch" or record["epoch"] < epoch
-        return ended and int(record.get("step") or 0) <= step
-
-    if path.is_file():
-        kept = [record for record in read_records(path) if stays(record)]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def save_best(folder: Path, model: MammoModel, described: dict[str, Any]) -> None:
@@ -292,9 +212,9 @@ def save_best(folder: Path, model: MammoModel, described: dict[str, Any]) -> Non
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    described = plain({**described, "sha256": _hash(state)})
+    described = run_files.plain({**described, "sha256": _hash(state)})
     write_atomically(folder / BEST, save(state, metadata={"mammopipe": json.dumps(described)}))
-    write_json((folder / BEST).with_suffix(".json"), described)
+    run_files.write_json((folder / BEST).with_suffix(".json"), described)
 
 
 def load_model(fold: FoldRun, device: torch.device | str = "cpu") -> tuple[MammoModel, dict[str, Any]]:
@@ -314,7 +234,7 @@ def load_model(fold: FoldRun, device: torch.device | str = "cpu") -> tuple[Mammo
         )
     try:
         with safe_open(fold.best, framework="pt") as file:
-            described = json.loads(file.metadata()["mammopipe"])
+            described = dict(json.loads(file.metadata()["mammopipe"]))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(
@@ -331,17 +251,6 @@ def load_model(fold: FoldRun, device: torch.device | str = "cpu") -> tuple[Mammo
             f"({str(error).splitlines()[-1].strip()[:120]}); install the versions in {ENVIRONMENT}, or train again."
         ) from None
     return model.to(torch.device(device)).eval(), described
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: NaN and infinity are None, NumPy scalars plain ones."""
-    if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _hash(state: dict[str, torch.Tensor]) -> str:

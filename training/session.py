@@ -22,7 +22,7 @@ from dali_pipes.settings import PipelineSettings
 from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store
 from preprocessing.progress import Progress
-from training import checkpoint, metrics, runs
+from training import checkpoint, metrics, run_files, runs
 from training.build import build_parts
 from training.config import Config
 from training.console import clock
@@ -296,8 +296,8 @@ class Session:
             advance(Progress(done, total))
 
     def _keep_best(self, predictions: pd.DataFrame, record: dict[str, Any]) -> None:
-        table = predictions[[column for column in runs.VALIDATION_COLUMNS if column in predictions]]
-        runs.write_table(self.folder / runs.VALIDATION, table)
+        table = predictions[[column for column in run_files.VALIDATION_COLUMNS if column in predictions]]
+        run_files.write_table(self.folder / runs.VALIDATION, table)
         runs.save_best(self.folder, self.parts.judged, {"fold": self.fold, **record})
 
     def _begin(self, saved: tuple[dict[str, Any], dict[str, Any]] | None, weights: str) -> None:
@@ -307,7 +307,7 @@ class Session:
             self._restore(state)
             log.info("Continuing %s at epoch %d, batch %d.", self.folder, self.at.epoch + 1, self.at.batch)
             if self.place.is_main:
-                runs.drop_records_after(self.folder / runs.RECORDS, described["epoch"], described["step"])
+                run_files.drop_records_after(self.folder / runs.RECORDS, described["epoch"], described["step"])
         elif self.place.is_main:
             environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
             environment["held_out"] = held_out_digest(self.store, self.fold)
@@ -349,7 +349,7 @@ class Session:
             "batch": at.batch,
             "step": at.step,
             "store_fingerprint": self.store.fingerprint,
-            "best": runs.plain(asdict(self.best)),
+            "best": run_files.plain(asdict(self.best)),
             "config": self.config.model_dump(mode="json"),
         }
         checkpoint.save(self.folder / runs.CHECKPOINTS, state, described, self.config.train.keep_checkpoints)
@@ -403,7 +403,7 @@ class Session:
             stopped_early=stopped_early and self.at.epoch < self.config.train.epochs,
         )
         if self.place.is_main:
-            runs.write_json(self.folder / runs.SUMMARY, asdict(summary))
+            run_files.write_json(self.folder / runs.SUMMARY, asdict(summary))
             log.info(self.monitor.outcome())
         return summary
 

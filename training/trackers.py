@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.errors import ConfigError
-from training import runs
+from training import run_files
 from training.config import Config
 
 
@@ -99,7 +99,7 @@ def open_trackers(folder: Path, config: Config, step: int = 0) -> Sequence[Track
     trackers: list[Tracker] = []
     name, parameters = f"{folder.parent.name}-{folder.name}", flatten(config.model_dump(mode="json"))
     path = folder / "trackers.json"
-    known = runs.read_json(path) if step and path.is_file() else {}
+    known = run_files.read_json(path) if step and path.is_file() else {}
     named: dict[str, MLflowTracker | WandbTracker] = {}
     if config.monitor.mlflow:
         named["mlflow"] = MLflowTracker(name, parameters, known.get("mlflow"))
@@ -107,7 +107,7 @@ def open_trackers(folder: Path, config: Config, step: int = 0) -> Sequence[Track
         named["wandb"] = WandbTracker(name, folder, parameters, known.get("wandb"))
     if named:
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, {kind: tracker.identity for kind, tracker in named.items()})
+        run_files.write_json(path, {kind: tracker.identity for kind, tracker in named.items()})
     if config.monitor.tensorboard:  # writes at once, so only after the others have found their packages
         trackers.append(TensorBoardTracker(folder / "tensorboard", step))
     return [*trackers, *named.values()]

@@ -24,7 +24,7 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import config as configuration
 from training import evaluate as evaluation
-from training import fit, folds, predict, report, runs
+from training import fit, folds, predict, report, run_files, runs
 from training.config import Config
 from training.console import Console
 from training.device import pick_device
@@ -114,9 +114,8 @@ def run_all(job: Job, console: Console) -> Outcome:
             _set_aside(folder, "belongs to other folds", console)
     for fold in numbers:
         folder = job.run / f"fold{fold}"
-        steps.once(
-            f"train fold {fold}", trained, [folder / "validation.csv"], lambda f=fold: _train(job, store, f, console)
-        )
+        made = [folder / runs.VALIDATION, folder / runs.BEST]
+        steps.once(f"train fold {fold}", trained, made, lambda f=fold: _train(job, store, f, console))
     evaluation.take_facts(runs.open_run(job.run), store)
     evaluated = _digest(trained, *(_file_digest(job.run / f"fold{fold}" / "validation.csv") for fold in numbers))
     metrics = job.run / "metrics.json"
@@ -136,7 +135,7 @@ def run_all(job: Job, console: Console) -> Outcome:
         "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
     )
     files |= {"report": job.report, "metrics": metrics, "store": job.store, "runs": job.run}
-    headline = evaluation.headline(runs.read_json(metrics))
+    headline = evaluation.headline(run_files.read_json(metrics))
     return Outcome(
         headline=[{"": str(converted)}, *headline],
         files=files,
@@ -225,7 +224,7 @@ class Steps:
         self._stamps: dict[str, Any] = {}
         if stamps.is_file():
             try:
-                self._stamps = runs.read_json(stamps)
+                self._stamps = run_files.read_json(stamps)
             except RunError as error:
                 log.warning("%s What it was made from is not known any more.", error)
         self.seconds: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,17 +36,17 @@ def test_a_full_disk_is_named_by_the_file_that_it_kept_from_being_written(tmp_pa
 
 HOLD = """
 import sys
-import tempfile
 from pathlib import Path
 from preprocessing.errors import StoreError
-from preprocessing.files import held, scratch
+from preprocessing.files import held
 with held(Path(sys.argv[1]), StoreError("busy")):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_folder_is_abandoned_when_the_process_that_held_it_was_killed(tmp_path: Path) -> None:
+def test_a_folder_is_abandoned_when_the_process_that_held_it_was_killed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_YOUNG_S", 0.0)
     assert not files.abandoned(tmp_path)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
@@ -69,12 +70,16 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch, c
 
 def test_the_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left, other = tmp_path / "mammopipe-left", tmp_path / "mammopipe-without-a-lock"
-    for folder in (left, other):
+    left, young = tmp_path / "mammopipe-left", tmp_path / "mammopipe-about-to-be-locked"
+    other = tmp_path / "mammopipe-without-a-lock"
+    for folder in (left, young, other):
         folder.mkdir()
-    (left / ".lock").touch()
+        if folder is not other:
+            (folder / files.LOCK).touch()
+        if folder is not young:
+            os.utime(folder, (0, 0))
     with files.scratch("mammopipe-") as one, files.scratch("mammopipe-") as two:
         assert one.is_dir()
         assert two.is_dir()
         assert not left.exists()
-    assert list(tmp_path.iterdir()) == [other]
+    assert sorted(tmp_path.iterdir()) == [young, other]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -115,6 +116,56 @@ def test_a_store_that_cannot_be_opened_is_one_clear_line(tmp_path: Path, break_i
     break_it(store(tmp_path))
     with pytest.raises(StoreError, match=message):
         open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: table.drop_columns(["patient_id"]), "damaged (no column patient_id)"),
+        (lambda table: table.drop_columns(["crc32_512"]), "damaged (no column crc32_512)"),
+        (lambda table: table.set_column(0, "image_id", [pa.nulls(len(table), pa.string())]), "(image_id lacks in"),
+        (lambda table: text_in(table, "percentile_low"), "manifest.parquet: damaged. Run"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_one_clear_line(tmp_path: Path, change, said: str) -> None:
+    store(tmp_path)
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(StoreError, match=re.escape(said)):
+        _ = open_store(tmp_path).manifest
+
+
+def text_in(table: pa.Table, name: str) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, [pa.array(["many"] * len(table))])
+
+
+def test_a_manifest_that_pandas_has_written_anew_reads_back_the_same(tmp_path: Path) -> None:
+    before = open_store(store(tmp_path)).manifest
+    before.astype({"cancer": "float64", "percentile_low": "float64"}).to_parquet(tmp_path / "manifest.parquet")
+    pd.testing.assert_frame_equal(open_store(tmp_path).manifest, before)
+
+
+def test_no_bit_of_a_manifests_values_changes_unseen(tmp_path: Path) -> None:
+    path, expected = tmp_path / "manifest.parquet", open_store(store(tmp_path)).manifest
+    sound = path.read_bytes()
+    values = range(4, pq.read_metadata(path).row_group(0).total_byte_size // 2)
+    for at in values[:: max(1, len(values) // 40)]:
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        try:
+            found = open_store(tmp_path).manifest
+        except StoreError:
+            continue
+        pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"image_id\n1,2\n", b'image_id,reason,detail\n"1,2', b"\xff\xfe\x00", b"a,b\n"]
+)
+def test_a_damaged_list_of_rejections_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
+    store(tmp_path)
+    (tmp_path / "rejected.csv").write_bytes(content)
+    with pytest.raises(StoreError, match=r"rejected\.csv: damaged\. Run the same convert again"):
+        _ = open_store(tmp_path).rejected
 
 
 @pytest.mark.parametrize(

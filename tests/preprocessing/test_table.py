@@ -75,10 +75,11 @@ def test_a_csv_that_is_missing_or_binary_is_one_clear_line(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_what_spreadsheets_write_is_read(tmp_path: Path, separator: str, encoding: str) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_what_spreadsheets_write_is_read(tmp_path: Path, separator: str, encoding: str, end: str) -> None:
     lines = ["Patient_ID , image_id,note,Cancer", " 007, 1 , ü x ,1", "", "8,2,,0", ",,,"]
     path = tmp_path / "sheet.csv"
-    path.write_bytes("\r\n".join(lines).replace(",", separator).encode(encoding))
+    path.write_bytes(end.join(lines).replace(",", separator).encode(encoding))
     frame = table.read_table(path)
     assert frame.to_dict("list") == {
         "patient_id": ["007", "8"],

@@ -17,9 +17,11 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from preprocessing.manifest import STORE_VERSION, Store, open_store
+from preprocessing.manifest import STORE_VERSION, Store, open_store, schema
 from preprocessing.settings import ConvertSettings
 from training import checkpoint, fit, session, workflow
 from training.config import load_config
@@ -69,7 +71,12 @@ def make_rows(patients=24, seed=0):
 def make_store(root: Path, rows: pd.DataFrame | None = None) -> Store:
     """A store whose manifest is real and whose tiles are not there."""
     root.mkdir(parents=True, exist_ok=True)
-    (make_rows() if rows is None else rows).to_parquet(root / "manifest.parquet")
+    table = pa.Table.from_pandas(make_rows() if rows is None else rows, preserve_index=False)
+    for field in schema(("full",), {}):
+        if field.name not in table.schema.names:
+            nothing = "" if field.type == pa.string() else [] if pa.types.is_list(field.type) else None
+            table = table.append_column(field, pa.array([nothing] * len(table), field.type))
+    pq.write_table(table, root / "manifest.parquet")
     settings = ConvertSettings(levels=("full",)).model_dump(mode="json")
     (root / "store.json").write_text(json.dumps({"version": STORE_VERSION, "settings": settings}))
     return open_store(root)

@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss
 
 from preprocessing.errors import InputError, RunError
 from tests.training.untrained import make_run
-from training import metrics, runs
+from training import metrics, run_files, runs
 from training.assemble import open_ensemble
 from training.blend import fit_aggregate, fit_weights
 
@@ -102,7 +102,7 @@ def test_an_ensemble_aggregates_as_it_is_told(tmp_path: Path):
 def _spoilt(run: Path) -> Path:
     """The run with predictions that say nothing."""
     for fold in runs.open_run(run).folds:
-        runs.write_table(fold.folder / runs.VALIDATION, fold.validation.assign(prediction=0.5))
+        run_files.write_table(fold.folder / runs.VALIDATION, fold.validation.assign(prediction=0.5))
     return run
 
 
@@ -110,7 +110,7 @@ def test_an_ensemble_leaves_a_useless_run_out_and_says_so(tmp_path: Path):
     good, useless = make_run(tmp_path / "good"), _spoilt(make_run(tmp_path / "useless", seed=1))
     ensemble = open_ensemble([good, useless], "cpu", weights="fitted")
     assert ensemble.weights == pytest.approx([1, 0], abs=1e-4)
-    described = json.loads(json.dumps(runs.plain(ensemble.describe())))
+    described = json.loads(json.dumps(run_files.plain(ensemble.describe())))
     assert [run["name"] for run in described["runs"]] == [str(good), str(useless)]
     assert [len(run["models"]) for run in described["runs"]] == [2, 2]
     assert described["threshold"] == ensemble.threshold
@@ -121,7 +121,7 @@ def test_runs_that_held_out_other_breasts_cannot_be_weighed(tmp_path: Path):
     for fold in runs.open_run(other).folds:
         table = fold.validation
         renamed = table.assign(prediction_id="x" + table["prediction_id"].astype(str))
-        runs.write_table(fold.folder / runs.VALIDATION, renamed)
+        run_files.write_table(fold.folder / runs.VALIDATION, renamed)
     with pytest.raises(RunError, match="0 breasts were held out by every run"):
         open_ensemble([one, other], "cpu", weights="fitted")
     with pytest.raises(InputError, match=r"expected 2 number\(s\)"):
@@ -131,6 +131,8 @@ def test_runs_that_held_out_other_breasts_cannot_be_weighed(tmp_path: Path):
 def test_folds_of_different_splits_are_no_ensemble(tmp_path):
     run = make_run(tmp_path / "run")
     shutil.copytree(run / "fold1", run / "fold2")
+    table = runs.FoldRun(run / "fold1", 1).validation
+    run_files.write_table(run / "fold2" / runs.VALIDATION, table.assign(fold=2))
     with pytest.raises(RunError, match="run: picture 10CC was held out in two folds"):
         open_ensemble([run], "cpu")
 

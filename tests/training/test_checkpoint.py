@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from preprocessing.errors import RunError
 from tests.training import fakes
-from training import checkpoint, runs
+from training import checkpoint, run_files, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -271,10 +271,10 @@ def test_records_after_the_checkpoint_are_forgotten_on_resuming(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [{"kind": kind, "epoch": step // 6 - 1, "step": step} for step in (6, 12, 18) for kind in ("step", "epoch")]
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "ep')
-    runs.drop_records_after(path, 2, 12)
-    assert [record["step"] for record in runs.read_records(path)] == [6, 6, 12, 12]
-    runs.drop_records_after(path, 1, 12)  # saved with an epoch's batches used and its validation to come
-    assert [(record["kind"], record["step"]) for record in runs.read_records(path)][2:] == [("step", 12)]
+    run_files.drop_records_after(path, 2, 12)
+    assert [record["step"] for record in run_files.read_records(path)] == [6, 6, 12, 12]
+    run_files.drop_records_after(path, 1, 12)  # saved with an epoch's batches used and its validation to come
+    assert [(record["kind"], record["step"]) for record in run_files.read_records(path)][2:] == [("step", 12)]
 
 
 def test_seeds_of_steps_differ_and_follow_from_the_position():

@@ -16,7 +16,7 @@ from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store
 from tests.training import fakes
 from tests.training.untrained import make_run, spread_ages
-from training import evaluate, runs
+from training import evaluate, run_files, runs
 from training.assemble import open_ensemble
 from training.config import load_config
 from training.covariates import Covariates, cross_fitted, fit, parse_names
@@ -138,8 +138,8 @@ def _run(root: Path, breasts: pd.DataFrame, *overrides: str) -> Path:
         table = part.assign(
             image_id=part["prediction_id"], laterality="L", view="CC", site_id="1", machine_id="49", density="B"
         )
-        runs.write_table(folder / runs.VALIDATION, table[list(runs.VALIDATION_COLUMNS)])
-        runs.write_json(folder / runs.SUMMARY, {})
+        run_files.write_table(folder / runs.VALIDATION, table[list(run_files.VALIDATION_COLUMNS)])
+        run_files.write_json(folder / runs.SUMMARY, {})
     return root
 
 
@@ -226,7 +226,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_the_command_line_takes_them(tmp_path: Path, store: Store):
     run = _run(tmp_path / "run", _breasts(200))
     for fold in runs.open_run(run).folds:
-        runs.write_json(fold.folder / runs.ENVIRONMENT, {"store_fingerprint": store.fingerprint})
+        run_files.write_json(fold.folder / runs.ENVIRONMENT, {"store_fingerprint": store.fingerprint})
     arguments = ["evaluate", "--runs", str(run), "--store", str(store.root), "--covariates"]
     done = CliRunner().invoke(cli.main, [*arguments, "age"], catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -109,7 +109,7 @@ def _assert_same_gradients(one, other):
 def test_one_process_writes_and_validation_covers_every_picture_once(runs_of_one_and_two):
     one, two = (runs.open_run(runs_of_one_and_two / name).folds[0] for name in ("one", "two"))
     assert len(two.records("epoch")) == 1
-    assert two.environment["processes"] == 2
+    assert two.environment.processes == 2
     assert two.validation["image_id"].tolist() == one.validation["image_id"].tolist()
     difference = (two.validation["prediction"] - one.validation["prediction"]).abs()
     assert difference.max() < 0.02

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from preprocessing.errors import RunError
 from tests.training import fakes
-from training import evaluate, metrics, runs
+from training import evaluate, metrics, run_files, runs
 
 
 def _write_run(root, frame, unfinished=(), machines=None, fingerprint="abc"):
@@ -19,9 +19,9 @@ def _write_run(root, frame, unfinished=(), machines=None, fingerprint="abc"):
         folder = root / f"fold{fold}"
         trained = {"machines": machines or sorted(frame["machine_id"].unique()), "sites": ["1", "2"]}
         runs.begin(folder, fakes.small_config(), {"store_fingerprint": fingerprint, "store": "s", "training": trained})
-        runs.write_table(folder / runs.VALIDATION, part[[c for c in runs.VALIDATION_COLUMNS if c in part]])
+        run_files.write_table(folder / runs.VALIDATION, part[[c for c in run_files.VALIDATION_COLUMNS if c in part]])
         if fold not in unfinished:
-            runs.write_json(folder / runs.SUMMARY, {})
+            run_files.write_json(folder / runs.SUMMARY, {})
     return root
 
 
@@ -116,7 +116,7 @@ def test_a_site_that_is_called_na_is_a_site(tmp_path):
     frame = frame.assign(site_id=frame["site_id"].map({"1": "NA", "2": "EU"}), density="null")
     root = _write_run(tmp_path, frame)
     for fold in runs.open_run(root).folds:
-        runs.write_json(fold.folder / runs.ENVIRONMENT, {"training": {"sites": ["NA", "EU"]}})
+        run_files.write_json(fold.folder / runs.ENVIRONMENT, {"training": {"sites": ["NA", "EU"]}})
     found = evaluate.evaluate(root, resamples=20)
     assert found["unseen"] is None
     groups = {(part["group"], part["value"]) for part in found["subgroups"]}
@@ -203,11 +203,14 @@ def test_a_run_without_predictions_says_what_to_do(tmp_path):
         ("config.yaml", "", "not readable as YAML"),
         ("validation.csv", "", "not readable as a CSV"),
         ("validation.csv", "image_id,cancer\n1,0\n", "it has no column patient_id"),
-        ("environment.json", "{", "not readable as JSON"),
+        ("environment.json", "{", "not readable as a JSON object"),
+        ("environment.json", "[]", "not readable as a JSON object"),
+        ("environment.json", '{"store_settings": {"levels": 5}}', "store_settings.levels: "),
+        ("environment.json", '{"training": {"machines": 3}}', "training.machines: "),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content, message):
     root = _write_run(tmp_path / "run", _frame())
     (root / "fold0" / name).write_text(content)
-    with pytest.raises(RunError, match=rf"fold0/{name}: {message}.*damaged there"):
+    with pytest.raises(RunError, match=rf"fold0/{name}: {message}.*train the fold again"):
         evaluate.evaluate(root)

@@ -17,6 +17,7 @@ from preprocessing.convert import convert
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run, spread_ages
+from training import export as export_module
 from training import runs
 from training.assemble import open_ensemble
 from training.export import OnnxModel, export, open_exported
@@ -88,6 +89,54 @@ def test_the_description_has_all_that_it_takes(run: Path, exported: Path):
     opened = open_exported(exported)
     assert opened.settings == ensemble.settings
     assert opened.groups[0].pipeline == ensemble.groups[0].pipeline
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(run: Path, exported: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(exported, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
+    with pytest.raises(RunError, match=r"as model\.onnx its probabilities differ from torch's.*nothing was written"):
+        export(run, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        *((name, None, f"{name}: ") for name in ("sha256", "pipeline", "loader", "conversion", "prior", "calibration")),
+        ("aggregate", "bogus", "aggregate: "),
+        ("aggregate", "power:x", "aggregate: "),
+        ("prior", 1.5, "prior: "),
+        ("calibration", {"method": "isotonic"}, "calibration: "),
+        ("covariates", {"names": ["age"]}, "covariates: "),
+    ],
+)
+def test_a_description_that_is_none_is_named(exported: Path, tmp_path: Path, name: str, value: object, said: str):
+    shutil.copytree(exported, tmp_path / "out")
+    path = tmp_path / "out" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(RunError, match=rf"model\.json: {said}.*Export the run again"):
+        open_exported(tmp_path / "out", "cpu")
+
+
+def test_a_description_of_another_size_than_the_model_is_named(exported: Path, tmp_path: Path):
+    shutil.copytree(exported, tmp_path / "out")
+    path = tmp_path / "out" / "model.json"
+    known = json.loads(path.read_text())
+    known["pipeline"]["height"] = 32
+    path.write_text(json.dumps(known))
+    with pytest.raises(RunError, match=r"pipeline: not the size that model\.onnx takes, \(1, 64, 64\)"):
+        open_exported(tmp_path / "out", "cpu")
+
+
+def test_without_a_threshold_no_breast_is_called(exported: Path, data: Path, tmp_path: Path):
+    shutil.copytree(exported, tmp_path / "out")
+    path = tmp_path / "out" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": None}))
+    source = {"folders": [], "model": tmp_path / "out", "store": data / "store", "device": "cpu"}
+    predict(out=tmp_path / "s.csv", **source)
+    with pytest.raises(InputError, match="--binary: no threshold was chosen"):
+        predict(out=tmp_path / "binary.csv", binary=True, **source)
 
 
 @pytest.mark.parametrize("tta", [False, True])

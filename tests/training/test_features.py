@@ -17,7 +17,7 @@ from preprocessing.errors import RunError, StoreError
 from preprocessing.manifest import open_store
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run
-from training import runs
+from training import run_files, runs
 from training.features import extract
 from training.predict import predict
 
@@ -36,7 +36,7 @@ def test_vectors_are_the_models_own_and_do_not_depend_on_the_batch(store: Path, 
     first = opened.manifest["image_id"].iloc[:2].tolist()
     held_out = runs.open_run(run).folds[1].validation
     held_out.loc[[0, 1], "image_id"] = first
-    runs.write_table(run / "fold1" / runs.VALIDATION, held_out)
+    run_files.write_table(run / "fold1" / runs.VALIDATION, held_out)
     done = []
     summary = extract(run, store, tmp_path / "out", device="cpu", progress=lambda state: done.append(state.done))
     assert [path.name for path in summary.paths] == ["fold0.parquet", "fold1.parquet"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from preprocessing.errors import ConfigError, InputError, RunError
 from tests.training import fakes
-from training import checkpoint, fit, folds, metrics, runs, session
+from training import checkpoint, fit, folds, metrics, run_files, runs, session
 from training.build import build_parts, build_schedule
 from training.config import TrainSettings, load_config
 from training.device import pick_device, pick_precision
@@ -277,9 +277,9 @@ def test_a_run_folder_holds_what_the_architecture_promises(store, tmp_path):
     fold = run.folds[0]
     assert fold.finished
     assert fold.config == fakes.small_config("train.metric=log_loss")
-    assert fold.environment["store_fingerprint"] == store.fingerprint
-    assert fold.environment["command"] == "train --fold 0"
-    assert fold.environment["training"]["images"] == len(fit.split(store, fold.config.data, 0)[0])
+    assert fold.environment.store_fingerprint == store.fingerprint
+    assert fold.environment.model_extra["command"] == "train --fold 0"
+    assert fold.environment.training.model_extra["images"] == len(fit.split(store, fold.config.data, 0)[0])
 
     records = fold.records("epoch")
     assert [record["epoch"] for record in records] == [0, 1]
@@ -461,7 +461,7 @@ def test_a_finished_fold_whose_metric_was_no_number_can_be_looked_at_again(store
     config = fakes.small_config("train.epochs=1")
     done = fit.fit(config, store, 0, tmp_path / "run")
     path = tmp_path / "run" / "fold0" / runs.SUMMARY
-    runs.write_json(path, runs.read_json(path) | {"value": float("nan")})
+    run_files.write_json(path, run_files.read_json(path) | {"value": float("nan")})
     again = fit.fit(config, store, 0, tmp_path / "run", resume=True)
     assert "auroc nan" in str(again)
     assert done.epochs == again.epochs
@@ -564,7 +564,7 @@ def test_a_signal_in_the_last_validation_lets_the_fold_end_and_is_not_lost(tmp_p
 
 
 def test_nothing_in_json_is_nan(store, tmp_path):
-    runs.write_json(tmp_path / "x.json", {"a": math.nan, "b": [np.float32(1.5), np.inf], "c": np.int64(3)})
+    run_files.write_json(tmp_path / "x.json", {"a": math.nan, "b": [np.float32(1.5), np.inf], "c": np.int64(3)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.5, None], "c": 3}
 
 

@@ -78,7 +78,7 @@ def test_a_run_on_the_gpu_resumes(store, tmp_path):
     config = fakes.small_config("train.device=auto", "train.epochs=1", "train.ema_decay=0.9")
     fit.fit(config, store, 0, tmp_path / "run")
     fold = runs.open_run(tmp_path / "run").folds[0]
-    assert fold.environment["device"].startswith("cuda")
+    assert fold.environment.model_extra["device"].startswith("cuda")
     (fold.folder / runs.SUMMARY).unlink()
     assert fit.fit(config, store, 0, tmp_path / "run", resume=True).epochs == 1
     model, _ = runs.load_model(fold, "cuda")

@@ -13,7 +13,7 @@ from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
 from tests.training import fakes
 from tests.training.untrained import make_run
-from training import metrics, runs
+from training import metrics, run_files, runs
 from training.assemble import open_ensemble
 
 
@@ -47,8 +47,8 @@ def test_each_fold_is_judged_by_its_own_model_with_mirror_images(tmp_path):
         mine = store.manifest[store.manifest["patient_id"].isin(patients[fold.fold :: 2])]
         cancer = (mine["laterality"] == "L").astype(float)
         table = mine.assign(fold=fold.fold, prediction=0.5, cancer=cancer).sample(frac=1, random_state=2)
-        runs.write_table(fold.folder / runs.VALIDATION, table[list(runs.VALIDATION_COLUMNS)])
-        (fold.folder / runs.RECORDS).write_text('{"kind": "epoch", "auroc": 0.25}\n')
+        run_files.write_table(fold.folder / runs.VALIDATION, table[list(run_files.VALIDATION_COLUMNS)])
+        (fold.folder / runs.RECORDS).write_text('{"kind": "epoch", "epoch": 0, "step": 1, "auroc": 0.25}\n')
     run = runs.open_run(run.root)
     found = learning.mirrored(run, store).set_index("image_id")
     for fold in run.folds:

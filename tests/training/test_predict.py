@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,12 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress
 from preprocessing.synth import synthesize
 from tests.training.untrained import PRIOR, SETTINGS, TINY, make_run
-from training import intake, runs
+from training import intake, run_files, runs
 from training.assemble import open_ensemble
 from training.config import Config, load_config
 from training.ensemble import Ensemble, Member
 from training.fit import fit
-from training.partial import Part, Partial
+from training.partial import Part, Partial, unfinished
 from training.predict import PredictSummary, _open, predict
 from training.submission import PROBLEM_COLUMNS
 
@@ -421,23 +422,45 @@ def test_a_stream_cut_short_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_two_calls_with_one_submission_leave_no_gap_in_what_is_kept(tmp_path: Path):
-    def part(position: int) -> Part:
-        return Part(position, [], [], [])
+def test_one_prediction_at_a_time_writes_a_submission(tmp_path: Path):
+    """Another one's parts, of other models or options, would be taken for its own."""
+    out = tmp_path / "submission.csv"
+    with unfinished(out, "key") as one:
+        one.add(Part(64, [], [], []))
+        busy = re.escape(f"{out}: another prediction is being written there")
+        for key in ("key", "another key"):
+            with pytest.raises(InputError, match=busy), unfinished(out, key):
+                pass
+        one.add(Part(192, [], [], []))
+    with unfinished(out, "key") as found:
+        assert [each.position for each in found.parts] == [64, 192]
+        found.add(Part(192, [], [], []))  # crashes alone, which come after the last picture
+    with unfinished(out, "key") as found:
+        assert [each.position for each in found.parts] == [64, 192, 192]
+        found.clear()
+    assert list(tmp_path.iterdir()) == []
 
-    one = Partial(tmp_path / "submission.csv", "key")
-    one.add(part(64))
-    other = Partial(tmp_path / "submission.csv", "key")
-    assert other.position == 64
-    one.add(part(192))
-    other.add(part(128))
-    one.add(part(448))
-    found = Partial(tmp_path / "submission.csv", "key")
-    assert [each.position for each in found.parts] == [64, 128]
-    found.add(part(192))
-    assert Partial(tmp_path / "submission.csv", "key").position == 448
-    one.add(part(448))  # crashes alone, which come after the last picture
-    assert len(Partial(tmp_path / "submission.csv", "key").parts) == 5
+
+@pytest.mark.parametrize(("name", "left"), [("0.json", 0), ("64.json", 64), ("key", 0)])
+def test_a_damaged_part_is_made_anew(tmp_path: Path, name: str, left: int):
+    out = tmp_path / "submission.csv"
+    with unfinished(out, "key") as kept:
+        kept.add(Part(64, [], [], []))
+        kept.add(Part(128, [], [], []))
+    (tmp_path / ".submission.csv.partial" / name).write_bytes(b'{"position": \xff')
+    with unfinished(out, "key") as found:
+        assert found.position == left
+
+
+@pytest.mark.parametrize("name", ["predictions_images.csv", "predictions_problems.csv"])
+def test_the_pictures_table_is_never_written_over(copy: Path, run: Path, name: str):
+    (copy / "test.csv").rename(copy / name)
+    before = (copy / name).read_bytes()
+    with pytest.raises(InputError, match=f"{name}: this is the pictures' table"):
+        predict([run], copy / "s.csv", images=copy / "test_images", csv=copy / name, device="cpu")
+    with pytest.raises(InputError, match=f"{name}: another file of this name is written beside"):
+        predict([run], copy / name, images=copy / "test_images", device="cpu")
+    assert (copy / name).read_bytes() == before
 
 
 def test_runs_with_batches_of_different_size_are_predicted_in_the_smallest(run: Path, tmp_path: Path):
@@ -457,17 +480,15 @@ def test_weights_of_another_backbone_are_told_of(run: Path, tmp_path: Path):
 
 
 def test_parts_of_another_prediction_are_not_taken_up(tmp_path: Path):
-    kept = Partial(tmp_path / "s.csv", "one key")
-    part = Part(4, [{"image_id": "a"}], [[0.1 + 0.2, float("nan")]], [["b", "absent", "gone"]])
-    kept.add(part)
-    again = Partial(tmp_path / "s.csv", "one key")
-    assert again.position == 4
-    assert again.parts[0].by_run[0][0] == 0.1 + 0.2
-    assert np.isnan(again.parts[0].by_run[0][1])
-    again.clear()  # by another call with the same submission
-    kept.add(Part(9, [], [], []))
-    assert Partial(tmp_path / "s.csv", "one key").parts == []  # its first part is gone
-    assert Partial(tmp_path / "s.csv", "another key").parts == []
+    out, part = tmp_path / "s.csv", Part(4, [{"image_id": "a"}], [[0.1 + 0.2, float("nan")]], [["b", "absent", "gone"]])
+    with unfinished(out, "one key") as kept:
+        kept.add(part)
+    with unfinished(out, "one key") as again:
+        assert again.position == 4
+        assert again.parts[0].by_run[0][0] == 0.1 + 0.2
+        assert np.isnan(again.parts[0].by_run[0][1])
+    with unfinished(out, "another key") as other:
+        assert other.parts == []
     assert not list(tmp_path.iterdir())
 
 
@@ -538,7 +559,7 @@ def test_a_run_that_still_trains_is_told_of(run: Path, caplog: pytest.LogCapture
     assert "Training has not finished" in caplog.text  # the summary, which `train` writes last, is not there
     caplog.clear()
     for fold in runs.open_run(run).folds:
-        runs.write_json(fold.folder / runs.SUMMARY, {})
+        run_files.write_json(fold.folder / runs.SUMMARY, {})
     try:
         open_ensemble([run], "cpu")
     finally:
@@ -548,7 +569,7 @@ def test_a_run_that_still_trains_is_told_of(run: Path, caplog: pytest.LogCapture
 
 
 def test_patches_are_predicted_from_files_as_from_a_store(data: Path, tmp_path: Path):
-    run = make_run(tmp_path / "run", "pipeline.patch_level='256'")
+    run = make_run(tmp_path / "run", "pipeline.patch_level='192'")
     for name, source in {"store": {"store": data / "store"}, "files": {"images": data / "test_images"}}.items():
         predict([run], tmp_path / f"{name}.csv", csv=data / "test.csv", device="cpu", **source)
     assert (tmp_path / "files.csv").read_bytes() == (tmp_path / "store.csv").read_bytes()

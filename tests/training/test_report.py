@@ -15,7 +15,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from preprocessing.errors import RunError
-from training import evaluate, figures, report, report_pictures, runs
+from training import evaluate, figures, report, report_pictures, run_files, runs
 from training import report_sections as sections
 from training.config import dump, load_config
 
@@ -28,7 +28,7 @@ def make_run(root: Path, folds: int = 2, positives: bool = True, finished: bool 
         folder = root / f"fold{number}"
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-        runs.write_json(folder / "environment.json", {"store": str(root / "gone"), "store_fingerprint": "0"})
+        run_files.write_json(folder / "environment.json", {"store": str(root / "gone"), "store_fingerprint": "0"})
         if not finished:
             continue
         with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
@@ -59,8 +59,8 @@ def make_run(root: Path, folds: int = 2, positives: bool = True, finished: bool 
                 "prediction": np.clip(0.3 + 0.3 * cancer + generator.normal(0, 0.2, 80), 0, 1),
             }
         )
-        runs.write_table(folder / runs.VALIDATION, table)
-        runs.write_json(folder / runs.SUMMARY, {})
+        run_files.write_table(folder / runs.VALIDATION, table)
+        run_files.write_json(folder / runs.SUMMARY, {})
     return root
 
 
@@ -282,7 +282,7 @@ def test_ranking_worse_than_chance_is_called_that(tmp_path):
     root = make_run(tmp_path / "run", folds=1)
     path = root / "fold0" / runs.VALIDATION
     table = pd.read_csv(path, dtype=str)
-    runs.write_table(path, table.assign(prediction=1 - table["prediction"].astype(float)))
+    run_files.write_table(path, table.assign(prediction=1 - table["prediction"].astype(float)))
     text = Page(report.write_report([root])).text
     assert "worse than chance" in text
     assert "not distinguishable" not in text

@@ -49,7 +49,7 @@ def test_a_damaged_record_of_steps_costs_only_doing_them_again(tmp_path, caplog)
     (tmp_path / "workflow.json").write_text("{")
     with Console(quiet=True) as console:
         assert Steps(tmp_path / "workflow.json", console).known("predict") is None
-    assert "workflow.json: not readable as JSON" in caplog.text
+    assert "workflow.json: not readable as a JSON object" in caplog.text
 
 
 def test_folds_of_others_that_lack_pictures_are_left_to_the_user(tmp_path):

@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 
 from preprocessing.settings import ConvertSettings
-from training import runs
+from training import run_files, runs
 from training.config import load_config
 from training.model import build_model
 
-SETTINGS = ConvertSettings(levels=("full", "256", "96"), crop_margin=0.02)
+SETTINGS = ConvertSettings(levels=("full", "192", "96"), crop_margin=0.02)
 TINY = (
     "model.backbone=test_efficientnet",
     "model.weights=none",
@@ -50,7 +50,7 @@ def make_run(root: Path, *overrides: str, folds: int = 2, settings: ConvertSetti
             fold=fold,
             prediction=lambda table: 0.3 + 0.4 * table["cancer"],
         )
-        runs.write_table(folder / runs.VALIDATION, table)
+        run_files.write_table(folder / runs.VALIDATION, table)
     return root
 
 
@@ -59,5 +59,5 @@ def spread_ages(run: Path) -> Path:
     for fold in runs.open_run(run).folds:
         table = fold.validation
         table["age"] = 50 + np.arange(len(table)) // 2 + 10 * table["cancer"]
-        runs.write_table(fold.folder / runs.VALIDATION, table)
+        run_files.write_table(fold.folder / runs.VALIDATION, table)
     return run

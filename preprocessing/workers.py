@@ -372,12 +372,15 @@ def _allow_children() -> None:
 
 
 def _start(memory_mb: int, gpu: gpu_decode.Address | None) -> None:
-    """Runs first in a worker process."""
+    """Runs first in a worker process, which has one core to itself: threads of OpenCV or BLAS would fight over the
+    others' (two workers took 2.6 times as long a picture as one, by BLAS's threads that wait for work by spinning)."""
     import cv2
+    from threadpoolctl import threadpool_limits
 
     gpu_decode.connect(gpu)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     cv2.setNumThreads(1)
+    threadpool_limits(1)
     limit = psutil.Process().memory_info().vms + memory_mb * 2**20
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

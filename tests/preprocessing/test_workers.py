@@ -13,7 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from preprocessing import workers
 from preprocessing.workers import Limits, run_local
@@ -36,6 +38,9 @@ def work(task: tuple[str, int]) -> int:
         return len(bytearray(4 * 2**30))
     if kind == "raise":
         raise ZeroDivisionError
+    if kind == "threads":
+        np.linalg.lstsq(np.eye(3), np.ones(3), rcond=None)
+        return max(library["num_threads"] for library in threadpool_info())
     return number**2
 
 
@@ -53,6 +58,23 @@ def test_a_crash_a_hang_and_a_hog_among_forty_cost_one_file_each() -> None:
     assert reasons == {7: "crash", 13: "timeout", 21: "memory", 30: "crash", 35: "crash"}
     assert failures[7] is not None
     assert "SIGSEGV" in failures[7].detail
+
+
+THREADS = """
+from preprocessing.workers import run_local
+from tests.preprocessing.test_workers import LIMITS, work
+
+(outcome,) = run_local(work, [("threads", 0)], 1, LIMITS)
+print(work(("threads", 0)), outcome.result)
+"""
+
+
+def test_a_worker_computes_in_one_thread() -> None:
+    """BLAS takes a thread a core of the machine, which wait for work by spinning: those of all workers fight."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "1"]
 
 
 def crash_after_spoiling(task: tuple[Path, str]) -> str:

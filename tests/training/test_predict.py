@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import pandas as pd
 import pytest
 import torch
 
+from preprocessing import ingest, workers
 from preprocessing.convert import convert
 from preprocessing.errors import InputError, RunError, StoreError
-from preprocessing.manifest import open_store
+from preprocessing.manifest import Store, open_store
 from preprocessing.progress import Progress
 from preprocessing.synth import synthesize
+from preprocessing.table import Source
 from tests.training.untrained import PRIOR, SETTINGS, TINY, make_run
 from training import intake, run_files, runs
 from training.assemble import open_ensemble
@@ -420,6 +424,23 @@ def test_a_stream_cut_short_goes_on_to_the_same_bytes(
     for name in names:
         assert (tmp_path / name).read_bytes() == (through_store.parent / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_stream_that_is_left_decodes_no_whole_chunk_first(tmp_path: Path):
+    drawn: list[int] = []
+
+    def outcomes():
+        for number in range(1000):
+            drawn.append(number)
+            time.sleep(0.01)
+            source = Source(f"{number:04d}", "", {})
+            yield workers.Outcome(ingest.Job(tmp_path, tmp_path, SETTINGS, source), {"rejected": ["absent", ""]})
+
+    stop, order = threading.Event(), [f"{number:04d}" for number in range(1000)]
+    with intake._ahead(intake._chunks(outcomes(), order, 0, Store(tmp_path, SETTINGS), 4, stop), stop):
+        while not drawn:
+            time.sleep(0.01)
+    assert len(drawn) < 100
 
 
 def test_one_prediction_at_a_time_writes_a_submission(tmp_path: Path):

@@ -25,8 +25,9 @@ _PHASES = {"data": "waiting for data", "transfer": "in transfer", "compute": "in
 
 def curves(run: Run) -> list[str]:
     """Losses, ranking and learning rate by epoch, as SVG; empty before the first epoch has ended."""
+    heads = ", with the auxiliary heads'" if run.folds[0].config.model.aux else ""
     wanted = (
-        ("Training loss", "train_loss", "loss"),
+        (f"Training loss{heads}", "train_loss", "loss"),
         ("Validation loss", "val_loss", "loss"),
         ("AUROC per breast", "auroc", "AUROC"),
         ("pF1 per breast", "pf1", "pF1"),

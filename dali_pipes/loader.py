@@ -263,6 +263,8 @@ class Loader:
                 graph.share_outputs()
                 graph.release_outputs()
                 graph.schedule_run()
+            # Finds the end: before that a reset does nothing, and the next epoch's first run would not fill its depth.
+            graph.schedule_run()
             graph.reset()
         self._underway.clear()
 
@@ -300,7 +302,8 @@ class Loader:
 
     def _run(self, idle: deque[int], wait: bool) -> bool:
         """Have idle graphs take on the batches whose samples are ready, or, to `wait`, one at least; whether any batch
-        is under way. A graph that takes one on holds up its caller until the samples are there."""
+        is under way. A graph that takes one on holds up its caller until the samples are there; its first run of an
+        epoch takes as many on as it is deep."""
         while idle and (self._is_next_ready() or (wait and not self._underway)):
             self._graphs[idle.popleft()].schedule_run()
         return bool(self._underway)

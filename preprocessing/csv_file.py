@@ -45,7 +45,8 @@ def read_cells(csv: Path) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
         raise InputError(f"{csv}: not {name} at byte {error.start:,}; save it as CSV UTF-8.") from None
-    content = content.replace("\r\n", "\n").replace("\r", "\n")  # alone it ends lines on older Macs
+    if "\n" not in content:
+        content = content.replace("\r", "\n")  # which ends lines on older Macs
     started = content.lstrip()
     before = content[: len(content) - len(started)].count("\n")  # empty lines above the header
     header = started.partition("\n")[0]

@@ -38,6 +38,8 @@ def held(folder: Path, otherwise: UserError) -> Iterator[Path]:
     path = folder / LOCK
     try:
         file = path.open("ab")
+    except FileNotFoundError:  # its last holder has just removed the folder
+        raise otherwise from None
     except OSError as error:
         raise type(otherwise)(f"{folder}: cannot be written: {error.strerror}.") from None
     with file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 import joblib
 import psutil
+
+from preprocessing.errors import ConfigError
 
 
 class Memory(NamedTuple):
@@ -20,8 +23,16 @@ class Memory(NamedTuple):
 
 def available_cores() -> int:
     """Cores that this process may keep busy, at least 1: those of the machine, of its affinity, or as many as the quota
-    of its control group comes to (`docker run --cpus`), whichever are fewest."""
-    return joblib.cpu_count()
+    of its container comes to (`docker run --cpus`), whichever are fewest.
+
+    Raises:
+        ConfigError: LOKY_MAX_CPU_COUNT, which lowers it, is no number.
+    """
+    try:
+        return joblib.cpu_count()
+    except ValueError:
+        found = os.environ.get("LOKY_MAX_CPU_COUNT")
+        raise ConfigError(f"LOKY_MAX_CPU_COUNT = {found!r} in the environment: expected a whole number.") from None
 
 
 def available_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Memory:

@@ -24,6 +24,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocessing.errors import StoreError
@@ -109,9 +110,12 @@ class Store:
         try:
             return _checked(pq.read_table(path, page_checksum_verification=True), self.levels).to_pandas()
         except (pa.ArrowException, OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+            if isinstance(error, OSError) and error.errno is not None:  # of the system, not of what is in the file
+                error.filename = str(path)
+                raise
             what = f"damaged ({error})" if type(error) is ValueError else "damaged"
             raise StoreError(
-                f"{path}: {what}. Run the same convert again: it makes it anew from what is converted."
+                f"{path}: {what}. Run the same convert again, without --repair: it makes it anew."
             ) from None
 
     @cached_property
@@ -222,8 +226,11 @@ def _checked(table: pa.Table, levels: tuple[str, ...]) -> pa.Table:
         if column.null_count and field.name == "image_id":
             raise ValueError(f"{field.name} lacks in {column.null_count} rows")
         if column.type != field.type:
-            table = table.set_column(at, field, column.cast(field.type))
-    return table
+            column = column.cast(field.type)
+        if column.null_count and field.type == pa.string():
+            column = pc.fill_null(column, "")
+        table = table.set_column(at, field, column)
+    return table.replace_schema_metadata(None)  # pandas' own would have it restore the types and index that it had
 
 
 def write_manifest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -112,6 +113,7 @@ def _count_on_cpu(config: Config, ceiling: int) -> int:
         _step(module, config, torch.device("cpu"), 2)
     # Of two samples, and twice over: gradients of activations live beside them on the way back.
     per_sample = sum(seen.values())
-    budget = CPU_SHARE * available_memory().free - 5 * parameters
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
+    budget = CPU_SHARE * available_memory().free / beside - 5 * parameters
     fitting = int(min(ceiling, budget // per_sample))
     return 1 << (fitting.bit_length() - 1) if fitting > 0 else 0

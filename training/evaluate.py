@@ -121,7 +121,7 @@ def out_of_fold(run: Run) -> pd.DataFrame:
     Raises:
         RunError: none there, or a picture in two folds.
     """
-    judged = [fold for fold in run.folds if (fold.folder / runs.VALIDATION).is_file()]
+    judged = [fold for fold in run.folds if fold.finished or (fold.folder / runs.VALIDATION).is_file()]
     if not judged:
         raise RunError(f"{run.root}: no fold has finished its first epoch; train with --resume first.")
     return runs.held_out(judged, run.root)

@@ -164,15 +164,14 @@ def _look(folder: Path, config: Config, store: Store, resume: bool) -> FitSummar
         )
     if not (folder / runs.SUMMARY).is_file():
         return None
-    if not (folder / runs.BEST).is_file():
-        raise RunError(
-            f"{folder}: finished, but its best model ({runs.BEST}) is gone. Restore it, or train the fold again into "
-            "another folder."
-        )
+    for name in (runs.BEST, runs.VALIDATION):
+        if not (folder / name).is_file():
+            raise RunError(
+                f"{folder}: finished, but {name} is gone. Restore it, or train the fold again into another folder."
+            )
+    again = "Remove it, and --resume writes it anew."
     try:
-        summary = replace(FitSummary(**run_files.read_json(folder / runs.SUMMARY)), folder=str(folder))
+        summary = replace(FitSummary(**run_files.read_json(folder / runs.SUMMARY, again)), folder=str(folder))
     except TypeError:
-        raise RunError(
-            f"{folder / runs.SUMMARY}: not what training writes there. Remove it, and --resume writes it anew."
-        ) from None
+        raise RunError(f"{folder / runs.SUMMARY}: not what training writes there. {again}") from None
     return summary if summary.value is not None else replace(summary, value=math.nan)  # which JSON lacks

@@ -10,14 +10,18 @@ from collections.abc import Collection, Sequence
 from typing import cast
 
 import timm
+import timm.layers
 import torch
-from timm.layers.norm import LayerNorm2d
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 from preprocessing.errors import ConfigError
 from training.config import ModelSettings
 
+# timm's norms over the channels of a map [B, F, h, w]; some came later than others.
+_NORMS_OF_MAPS = tuple(
+    getattr(timm.layers, name) for name in ("LayerNorm2d", "RmsNorm2d", "SimpleNorm2d") if hasattr(timm.layers, name)
+)
 # Classes of each auxiliary head; what a column's values mean is in losses.py.
 AUX_CLASSES = {"density": 4, "BIRADS": 3, "invasive": 2, "view": 2}
 
@@ -234,8 +238,8 @@ def _head_norm(features: Tensor, backbone: nn.Module) -> Tensor:
     """The map [B, F, h, w] through the last normalisation of ConvNeXt and its kin, and of some transformers, which keep
     it in the head, or as what follows the pooling; neither is otherwise used here."""
     for norm in (getattr(getattr(backbone, "head", None), "norm", None), getattr(backbone, "fc_norm", None)):
-        if isinstance(norm, LayerNorm2d):
-            return norm(features)
+        if isinstance(norm, _NORMS_OF_MAPS):
+            return cast(nn.Module, norm)(features)
         if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (features.shape[1],):
             return norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return features

@@ -32,6 +32,19 @@ class Part:
 
 
 @contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Hold a submission for one prediction; gives the folder beside it that is there meanwhile.
+
+    Raises:
+        InputError: another prediction writes there, or the folder cannot be written.
+    """
+    folder = out.with_name(f".{out.name}.partial")
+    busy = f"{out}: another prediction is being written there. Wait for it to end, or take another --out."
+    with claimed(folder, InputError(busy)):
+        yield folder
+
+
+@contextmanager
 def unfinished(out: Path, key: str) -> Iterator[Partial]:
     """The parts of a submission that are done, in a folder beside it that is there only while it is unfinished. One
     prediction holds it.
@@ -41,11 +54,9 @@ def unfinished(out: Path, key: str) -> Iterator[Partial]:
         key: everything that the predictions depend on; parts made with another key are thrown away.
 
     Raises:
-        InputError: another prediction writes there, or the folder cannot be written.
+        InputError: as `writing`.
     """
-    folder = out.with_name(f".{out.name}.partial")
-    busy = f"{out}: another prediction is being written there. Wait for it to end, or take another --out."
-    with claimed(folder, InputError(busy)):
+    with writing(out) as folder:
         yield Partial(folder, hashlib.sha256(key.encode()).hexdigest())
 
 

@@ -36,11 +36,13 @@ from training.calibration import Method
 from training.ensemble import Ensemble
 from training.failures import loading_advice, prediction_advice
 from training.intake import Chunk, from_store, levels_read, stream
-from training.partial import Part, Partial, unfinished
+from training.partial import Part, Partial, unfinished, writing
 from training.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
 from training.timing import Untimed, timed
 
 log = logging.getLogger(__name__)
+
+_PIXELS = "2"  # to be raised where the same file and settings come to other pixels
 
 IMAGES = "predictions_images.csv"
 PROBLEMS = "predictions_problems.csv"
@@ -171,6 +173,7 @@ def predict(
             ensemble = _open(folders, models, device, weights, calibrate, aggregate, covariates, batch_size)
             require_same_conversion(ensemble, opened)
             asked = asked_by_store(opened) if listed is None else asked_by_table(listed)
+            held.enter_context(writing(out))
             kept, chunks = Partial(), nullcontext(iter([from_store(opened, listed)]))
         else:
             assert images is not None
@@ -288,7 +291,8 @@ def _run(
 
 
 def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, asked: tuple[Any, ...]) -> str:
-    """Everything that a stream's predictions depend on, the files' sizes and times included."""
+    """Everything that a stream's predictions depend on, the files' sizes and times included; and the program, which has
+    made other pixels of the same file in the past."""
     listing = files.to_csv(index=False) if from_csv else "\n".join(files["image_id"])
     settings = ensemble.settings.model_dump_json()
     groups = [
@@ -297,7 +301,7 @@ def _key(ensemble: Ensemble, images: Path, files: pd.DataFrame, from_csv: bool, 
         for group in ensemble.groups
     ]
     found = [ingest.identity(images, source) for source in tables.sources(images, files, from_csv)]
-    return "\n".join([*groups, settings, str(images.resolve()), str(asked), listing, json.dumps(found)])
+    return "\n".join([_PIXELS, *groups, settings, str(images.resolve()), str(asked), listing, json.dumps(found)])
 
 
 def _explain(

@@ -32,8 +32,8 @@ class Trained(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    machines: tuple[str, ...] | None = None
-    sites: tuple[str, ...] | None = None
+    machines: tuple[str | None, ...] | None = None
+    sites: tuple[str | None, ...] | None = None
 
 
 class Environment(BaseModel):
@@ -46,7 +46,7 @@ class Environment(BaseModel):
         store_settings: of that store's conversion.
         processes: how many trained it.
         held_out: digest of the image_ids that it held out.
-        facts: digests of what training read of the table beside.
+        facts_read: digests of what training read of the table beside.
         training: what it was trained on.
     """
 
@@ -58,7 +58,7 @@ class Environment(BaseModel):
     store_settings: ConvertSettings | None = None
     processes: int = Field(default=1, ge=1)
     held_out: str | None = None
-    facts: dict[str, str] = {}
+    facts_read: dict[str, str] = {}  # `facts`, of earlier versions, were made otherwise
     training: Trained = Trained()
 
 
@@ -84,7 +84,7 @@ def read_validation(path: Path, fold: int) -> pd.DataFrame:
             or empty, each picture once.
     """
     if not path.is_file():
-        raise RunError(f"{path}: not there yet; the fold has not finished its first epoch. Train it with --resume.")
+        raise RunError(f"{path}: not there yet. Train the fold with --resume, or restore the file if it has finished.")
     try:
         # Nothing but an empty cell lacks: NA is a site as good as another.
         found = pd.read_csv(path, dtype=dict.fromkeys(_ID_COLUMNS, str), keep_default_na=False, na_values=[""])
@@ -143,7 +143,7 @@ def read_json(path: Path, way_out: str = _WAY_OUT) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RunError(f"{path}: no such file. {way_out}") from None
-    except (OSError, ValueError):
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise RunError(f"{path}: not readable as a JSON object. {way_out}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from preprocessing.errors import RunError
+from preprocessing.errors import ConfigError, RunError
 from preprocessing.files import claimed, write_atomically
 from preprocessing.manifest import Store
 from training import run_files
@@ -146,7 +146,10 @@ def held_out(folds: Sequence[FoldRun], where: str | Path) -> pd.DataFrame:
 
 def continues(folder: Path, config: Config, store: Store) -> bool:
     """Whether a fold's folder is there and was begun with this configuration and store."""
-    return (folder / CONFIG).is_file() and not mismatch(folder, config, store)
+    try:
+        return (folder / CONFIG).is_file() and not mismatch(folder, config, store)
+    except ConfigError:  # settings of another version
+        return False
 
 
 def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
@@ -175,7 +178,7 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
     elif environment.held_out not in (None, held_out_digest(store, environment.fold)):
         found.append(f"folds: fold {environment.fold} of {store.root} holds other pictures out than it did")
-    begun_with, now_there = environment.facts, facts_trained_on(store, config)
+    begun_with, now_there = environment.facts_read, facts_trained_on(store, config)
     changed = sorted(name for name in begun_with.keys() & now_there.keys() if begun_with[name] != now_there[name])
     for name in changed:
         listed = name == "hard_negatives"

@@ -311,7 +311,7 @@ class Session:
         elif self.place.is_main:
             environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
             environment["held_out"] = held_out_digest(self.store, self.fold)
-            environment["facts"] = facts_trained_on(self.store, self.config)
+            environment["facts_read"] = facts_trained_on(self.store, self.config)
             environment["training"] = {
                 "images": len(self.training),
                 "machines": sorted(self.training["machine_id"].unique().tolist()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -56,9 +57,9 @@ class StopSignal:
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        self._restore()
+        # torchrun passes on a SIGTERM, which its processes may have had themselves: that is no second one.
+        self._restore(signal.SIGINT if "TORCHELASTIC_RUN_ID" in os.environ else None)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def _restore(self, alone: int | None = None) -> None:
+        for number in [each for each in self._previous if alone in (None, each)]:
+            signal.signal(number, self._previous.pop(number))

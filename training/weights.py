@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
-from timm.models import load_pretrained as timm_load_pretrained
 from torch import Tensor, nn
 
 from preprocessing.errors import InputError
@@ -77,15 +76,22 @@ def _load_timm(model: MammoModel, settings: ModelSettings, in_chans: int) -> str
         raise InputError(f"model.weights = timm: there are none for {settings.backbone}; {_WAYS_OUT}.")
     if described.get("hf_hub_id") and not _is_cached(str(where)):
         _check_hub(settings.backbone)
-    try:
-        timm_load_pretrained(backbone, num_classes=0, in_chans=in_chans, filter_fn=_of_timm, strict=False)
-    except InputError:
-        raise
+    try:  # as timm itself fills it, with its own names for what makers have called otherwise
+        filled = timm.create_model(settings.backbone, pretrained=True, in_chans=in_chans)
     except Exception as error:  # noqa: BLE001 - the hub's client, its transport and timm's loaders have no common base
         raise InputError(
             f"model.weights = timm: those of {settings.backbone} could not be loaded "
             f"({' '.join(str(error).split())[:200]}); {_WAYS_OUT}."
         ) from None
+    state, own = _named_as_here(filled.state_dict(), backbone), backbone.state_dict()
+    # Of a head only the norm is used here, and the rest may be made otherwise without pooling.
+    own = {name: value for name, value in own.items() if not name.startswith("head.") or name.startswith("head.norm.")}
+    if wrong := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+        raise InputError(
+            f"model.weights = timm: those of {settings.backbone} lack {len(wrong)} of the {len(own)} tensors that it "
+            f"has without its head, {wrong[0]} first; {_WAYS_OUT}."
+        )
+    backbone.load_state_dict({name: state[name] for name in own}, strict=False)
     return f"timm {where}"
 
 
@@ -96,24 +102,6 @@ def _named_as_here(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, T
     for name in backbone.state_dict():
         if name.startswith("norm.") and name not in found and f"fc_{name}" in found:
             found[name] = found.pop(f"fc_{name}")
-    return found
-
-
-def _of_timm(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """The same, for timm's own loading, which passes over what lacks without a word. First a checkpoint of a maker's
-    own names is given timm's, by what timm has for the model.
-
-    Raises:
-        InputError: the checkpoint lacks some of the backbone's tensors.
-    """
-    of_maker = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    found = _named_as_here(of_maker(state, backbone) if of_maker else state, backbone)
-    own = [name for name in backbone.state_dict() if not name.endswith("num_batches_tracked")]  # some have none
-    if lacking := [name for name in own if name not in found]:
-        raise InputError(
-            f"model.weights = timm: those there lack {len(lacking)} of the backbone's {len(own)} tensors, {lacking[0]} "
-            f"first; {_WAYS_OUT}."
-        )
     return found
 
 

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from preprocessing import machine
+from preprocessing.errors import ConfigError
 
 GIB = 2**30
 MOST, CURRENT, IDLE = "memory.max", "memory.current", "inactive_file"  # of version 2
@@ -28,6 +29,12 @@ def test_cores_respect_the_affinity():
 def test_cores_respect_a_limit(monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     assert machine.available_cores() == 1
+
+
+def test_a_limit_that_is_no_number_is_named(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "all")
+    with pytest.raises(ConfigError, match="LOKY_MAX_CPU_COUNT = 'all'"):
+        machine.available_cores()
 
 
 def test_without_control_groups_memory_is_the_machines(tmp_path):

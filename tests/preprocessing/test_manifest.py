@@ -140,9 +140,32 @@ def text_in(table: pa.Table, name: str) -> pa.Table:
 
 
 def test_a_manifest_that_pandas_has_written_anew_reads_back_the_same(tmp_path: Path) -> None:
-    before = open_store(store(tmp_path)).manifest
-    before.astype({"cancer": "float64", "percentile_low": "float64"}).to_parquet(tmp_path / "manifest.parquet")
-    pd.testing.assert_frame_equal(open_store(tmp_path).manifest, before)
+    opened = open_store(store(tmp_path))
+    before, path = (
+        opened.manifest.assign(machine_id=["49", "", "49"], age=[50.0, None, 60.0]),
+        tmp_path / "manifest.parquet",
+    )
+    before = before.astype({"age": "float32"})
+    for changed in (
+        before.astype({"cancer": "float64", "percentile_low": "float64"}),
+        before.convert_dtypes(),
+        before.assign(machine_id=["49", None, "49"]),
+        before.set_index("image_id"),
+        before.set_index(pd.Index([3, 4, 9])),
+    ):
+        changed.to_parquet(path)
+        found = open_store(tmp_path)
+        pd.testing.assert_frame_equal(found.manifest[list(before)], before)
+        assert found.fingerprint == opened.fingerprint
+
+
+def test_a_manifest_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **how: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifest.pq, "read_table", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*manifest\.parquet"):
+        _ = open_store(store(tmp_path)).manifest
 
 
 def test_no_bit_of_a_manifests_values_changes_unseen(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path, separator: str, encodin
     }
 
 
+def test_line_ends_inside_a_cell_stay(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.csv"
+    path.write_bytes(b'patient_id,image_id,note\n1,2,"a\r\nb\rc"\n')
+    assert table.read_table(path)["note"].tolist() == ["a\r\nb\rc"]
+
+
 def test_lines_are_counted_past_empty_ones(tmp_path: Path) -> None:
     path = csv(tmp_path, "patient_id,image_id,age", "1,1,50", "", "", "1,2,old")
     with pytest.raises(InputError, match="line 5: age is 'old'"):

@@ -199,6 +199,22 @@ def test_a_signal_during_an_exchange_is_for_the_next_one(monkeypatch):
     assert sent == [os.getpid(), signal.SIGTERM]
 
 
+def test_a_sigterm_that_torchrun_passes_on_is_no_second_one(monkeypatch):
+    """A batch system sends it to all, and torchrun's agent once more to its processes."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    sent = []
+    monkeypatch.setattr(signal, "raise_signal", sent.append)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it ended the process"))
+    try:
+        with StopSignal() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.agreed(World()) == (True, False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sent == [signal.SIGTERM]
+
+
 def test_one_process_alone_exchanges_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with world() as place:

@@ -574,3 +574,23 @@ def test_validation_reads_back_ids_as_text(store, tmp_path):
     assert all(isinstance(value, str) for value in validation["machine_id"])
     assert validation["image_id"].str.len().eq(4).all()  # leading zeros kept
     assert isinstance(validation, pd.DataFrame)
+
+
+@pytest.mark.parametrize("name", ["checkpoints/best.safetensors", "validation.csv"])
+def test_a_finished_fold_that_lacks_what_it_made_is_named(store, tmp_path, name):
+    config = fakes.small_config("train.epochs=1", "train.max_steps=1")
+    fit.fit(config, store, 0, tmp_path / "run")
+    (tmp_path / "run" / "fold0" / name).unlink()
+    with pytest.raises(RunError, match=rf"fold0: finished, but {name} is gone\. Restore it, or train the fold again"):
+        fit.fit(config, store, 0, tmp_path / "run", resume=True)
+
+
+def test_a_fold_with_settings_of_another_version_is_no_fold_to_go_on_with(store, tmp_path):
+    config = fakes.small_config("train.epochs=1", "train.max_steps=1")
+    fit.fit(config, store, 0, tmp_path / "run")
+    assert runs.continues(tmp_path / "run" / "fold0", config, store)
+    path = tmp_path / "run" / "fold0" / "config.yaml"
+    path.write_text(path.read_text().replace("train:", "train:\n  gone_setting: 1"))
+    assert not runs.continues(tmp_path / "run" / "fold0", config, store)
+    with pytest.raises(ConfigError, match="gone_setting"):
+        fit.fit(config, store, 0, tmp_path / "run", resume=True)

@@ -195,17 +195,12 @@ def _from_file(tmp_path, backbone, source, in_chans=1):
     return model.backbone
 
 
-def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_stands(tmp_path, monkeypatch):
+def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_stands(tmp_path, hub):
     name = "vit_wee_patch16_reg1_gap_256"
-    source = timm.create_model(name, num_classes=10)
+    source = timm.create_model(name)
     torch.nn.init.constant_(source.fc_norm.weight, 3.0)
     assert _from_file(tmp_path, name, source, 3).norm.weight.unique().tolist() == [3.0]
-
-    def load(backbone, filter_fn, **how):
-        backbone.load_state_dict(filter_fn(source.state_dict(), backbone), strict=False)
-
-    monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
-    monkeypatch.setattr(weights, "timm_load_pretrained", load)
+    hub |= source.state_dict()
     settings = ModelSettings(backbone=name, weights="timm", drop_path=0)
     model = build_model(settings, 3)
     assert weights.load_pretrained(model, settings, 3).startswith("timm ")
@@ -216,18 +211,14 @@ def test_a_transformers_last_norm_is_loaded_whichever_side_of_its_pooling_it_sta
 def hub(monkeypatch):
     """timm's hub with one checkpoint, which is to be put there."""
     there = {}
-
-    def load(backbone, filter_fn, **how):
-        backbone.load_state_dict(filter_fn(dict(there), backbone), strict=False)
-
     monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
-    monkeypatch.setattr(weights, "timm_load_pretrained", load)
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *args, **how: dict(there))
     return there
 
 
 def test_a_checkpoint_of_the_hub_by_its_makers_names_is_given_timms(hub):
     """OpenCLIP's, as some of the hub's have them."""
-    source = timm.create_model("test_vit", num_classes=10)
+    source = timm.create_model("test_vit")
     hub |= {f"visual.trunk.{name}": value for name, value in source.state_dict().items()}
     settings = ModelSettings(backbone="test_vit", weights="timm", drop_path=0)
     model = build_model(settings, 3)
@@ -237,13 +228,33 @@ def test_a_checkpoint_of_the_hub_by_its_makers_names_is_given_timms(hub):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in own.items())
 
 
-def test_a_checkpoint_of_the_hub_that_lacks_tensors_is_not_taken(hub, caplog):
-    source = timm.create_model("resnet10t", num_classes=10).state_dict()
-    hub |= {name: value for name, value in source.items() if not name.endswith("num_batches_tracked")}
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_taken_from_the_hub_is_what_timm_itself_would_have(hub, channels):
+    hub |= timm.create_model("resnet10t").state_dict()
     settings = ModelSettings(backbone="resnet10t", weights="timm")
-    assert weights.load_pretrained(build_model(settings, 3), settings, 3).startswith("timm ")
+    model = build_model(settings, channels)
+    assert weights.load_pretrained(model, settings, channels).startswith("timm ")
+    wanted = timm.create_model("resnet10t", pretrained=True, in_chans=channels).state_dict()
+    own = model.backbone.state_dict()
+    assert len(own) == len(wanted) - 2  # its classifier
+    assert all(torch.equal(value, wanted[name]) for name, value in own.items())
+
+
+def test_a_checkpoint_without_the_last_norm_is_taken_as_timm_takes_it(hub):
+    """Those of masked autoencoders have none."""
+    hub |= {n: v for n, v in timm.create_model("convnextv2_atto").state_dict().items() if not n.startswith("head.")}
+    settings = ModelSettings(backbone="convnextv2_atto.fcmae", weights="timm", drop_path=0)
+    model = build_model(settings, 3)
+    assert weights.load_pretrained(model, settings, 3).startswith("timm ")
+    assert torch.equal(model.backbone.state_dict()["stem.0.weight"], hub["stem.0.weight"])
+    assert model.backbone.state_dict()["head.norm.weight"].eq(1).all()
+
+
+def test_a_checkpoint_of_the_hub_that_lacks_tensors_is_not_taken(hub):
+    hub |= timm.create_model("resnet10t").state_dict()
     del hub["layer1.0.conv1.weight"]
-    with pytest.raises(InputError, match=r"lack 1 of the backbone's \d+ tensors, layer1.0.conv1.weight first"):
+    settings = ModelSettings(backbone="resnet10t", weights="timm")
+    with pytest.raises(InputError, match=r"those of resnet10t could not be loaded .*layer1\.0\.conv1\.weight"):
         weights.load_pretrained(build_model(settings, 3), settings, 3)
     auto = settings.model_copy(update={"weights": "auto"})
     assert weights.load_pretrained(build_model(auto, 3), auto, 3).startswith("none")
@@ -256,7 +267,7 @@ def test_a_download_that_breaks_off_is_named(monkeypatch):
         raise type("ConnectError", (Exception,), {})("[Errno 110] Connection timed out")
 
     monkeypatch.setattr(weights, "_is_cached", lambda hub_id: True)
-    monkeypatch.setattr(weights, "timm_load_pretrained", load)
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", load)
     settings = ModelSettings(backbone="resnet10t", weights="timm")
     with pytest.raises(InputError, match=r"those of resnet10t could not be loaded .*timed out"):
         weights.load_pretrained(build_model(settings, 1), settings, 1)
@@ -264,7 +275,11 @@ def test_a_download_that_breaks_off_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("backbone", "norm"),
-    [("convnext_atto", "head.norm"), ("mambaout_femto", "head.norm"), ("test_vit_relpos", "fc_norm")],
+    [
+        ("convnext_atto", "head.norm"),
+        ("mambaout_femto", "head.norm"),
+        ("test_vit_relpos", "fc_norm"),
+    ],
 )
 def test_the_last_norm_is_applied_where_timm_has_it_behind_the_pooling(backbone, norm):
     model = _model(backbone=backbone).eval()

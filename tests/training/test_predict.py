@@ -443,12 +443,14 @@ def test_a_stream_that_is_left_decodes_no_whole_chunk_first(tmp_path: Path):
     assert len(drawn) < 100
 
 
-def test_one_prediction_at_a_time_writes_a_submission(tmp_path: Path):
+def test_one_prediction_at_a_time_writes_a_submission(data: Path, run: Path, tmp_path: Path):
     """Another one's parts, of other models or options, would be taken for its own."""
     out = tmp_path / "submission.csv"
     with unfinished(out, "key") as one:
         one.add(Part(64, [], [], []))
         busy = re.escape(f"{out}: another prediction is being written there")
+        with pytest.raises(InputError, match=busy):
+            predict([run], out, store=data / "store", device="cpu")
         for key in ("key", "another key"):
             with pytest.raises(InputError, match=busy), unfinished(out, key):
                 pass

@@ -96,7 +96,7 @@ def test_json_that_is_not_there_is_told_apart_and_a_byte_order_mark_does_no_harm
     [
         ({"fold": "first"}, "fold: "),
         ({"processes": 0}, "processes: "),
-        ({"facts": []}, "facts: "),
+        ({"facts_read": []}, "facts_read: "),
         ({"store": None}, "store: "),
         ({"store_settings": {"bogus": 1}}, "store_settings.bogus: "),
     ],

@@ -432,6 +432,8 @@ def predict(
 
     Exit status 0: complete; 3: complete, with fallbacks that predictions_problems.csv lists.
     """
+    if store is None:  # between layers torch's threads then sleep: the processes that decode want the cores
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
     from training import predict as prediction
     from training.covariates import parse_names
     from training.monitor import watched

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Fault, Source, require_patch_level
 from dali_pipes.steps import HostSteps
 from preprocessing.errors import StoreError
-from preprocessing.machine import available_cores
+from preprocessing.machine import available_cores, processes_here
 from preprocessing.manifest import Store
 
 log = logging.getLogger(__name__)
@@ -122,9 +121,7 @@ class Loader:
         self._settings, self._pipeline_settings = loader, pipeline
         self._dtype = getattr(torch, pipeline.dtype)
         self._device = torch.device(device)
-        # The processes that torchrun started on this machine share its cores.
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._threads = loader.threads or max(available_cores() // beside, 1)
+        self._threads = loader.threads or max(available_cores() // processes_here(), 1)
         self._pool: ThreadPoolExecutor | None = None
         self._resources = ExitStack()
         self._cache: LevelCache | None = None

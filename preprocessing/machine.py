@@ -35,6 +35,11 @@ def available_cores() -> int:
         raise ConfigError(f"LOKY_MAX_CPU_COUNT = {found!r} in the environment: expected a whole number.") from None
 
 
+def processes_here() -> int:
+    """Processes that torchrun started on this machine, which share it; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def available_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Memory:
     """The machine's memory, or what the control groups of this process leave of it (`docker run --memory`, Slurm).
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from preprocessing.errors import RunError
-from preprocessing.machine import available_memory
+from preprocessing.machine import available_memory, processes_here
 from training.config import Config
 from training.device import pick_precision
 from training.distributed import World
@@ -113,7 +112,6 @@ def _count_on_cpu(config: Config, ceiling: int) -> int:
         _step(module, config, torch.device("cpu"), 2)
     # Of two samples, and twice over: gradients of activations live beside them on the way back.
     per_sample = sum(seen.values())
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
-    budget = CPU_SHARE * available_memory().free / beside - 5 * parameters
+    budget = CPU_SHARE * available_memory().free / processes_here() - 5 * parameters
     fitting = int(min(ceiling, budget // per_sample))
     return 1 << (fitting.bit_length() - 1) if fitting > 0 else 0

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.errors import ConfigError
 
+DEVICES = r"auto|cpu|cuda(:[0-9]+)?"
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -138,9 +140,7 @@ class TrainSettings(_Settings):
     max_steps: int | None = Field(default=None, ge=1, description="Steps an epoch at most (debug mode sets it).")
     checkpoint_minutes: float = Field(default=10.0, gt=0, description="Minutes between checkpoints inside an epoch.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Latest checkpoints kept beside the best.")
-    device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="'auto', 'cpu', 'cuda' or 'cuda:N'."
-    )
+    device: str = Field(default="auto", pattern=rf"^({DEVICES})$", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
 
     @model_validator(mode="after")
     def _focal(self) -> TrainSettings:

@@ -8,8 +8,8 @@ import re
 import torch
 
 from preprocessing.errors import ConfigError
+from training.config import DEVICES
 
-DEVICES = r"auto|cpu|cuda(:[0-9]+)?"
 _NOTICED = 2**30  # bytes
 
 

@@ -154,7 +154,8 @@ class Ensemble:
         faults: dict[int, str] = {}
         for group in self.groups:
             counts = window_counts(rows, group.pipeline) if all_windows else np.ones(len(rows), np.int64)
-            shown, position = through_each_window(rows, counts), np.repeat(np.arange(len(rows)), counts)
+            shown = through_each_window(rows, counts) if all_windows else rows
+            position = np.repeat(np.arange(len(rows)), counts)
             last = np.cumsum(counts) - 1  # of each row's in `shown`
             damaged: dict[int, str] = {}
             for index, found in self._run_group(group, store, shown, tta, damaged, monitor or Untimed()):

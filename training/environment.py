@@ -57,7 +57,7 @@ def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
         InputError: the list of hard negatives cannot be read.
     """
     data, loader, rows = config.data, config.data.loader, store.manifest
-    names = [*([loader.weight_column] if loader.weight_column else [])]
+    names = [loader.weight_column] if loader.weight_column else []
     names += [name for name, held in (("machine_id", data.holdout_machines), ("site_id", data.holdout_sites)) if held]
     read = rows[[name for name in names if name in rows]]
     classes = aux_targets(rows, config.model.aux, torch.device("cpu"))

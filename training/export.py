@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
@@ -199,11 +199,7 @@ def open_exported(path: Path, device: str = "auto") -> Ensemble:
     known = run_files.read_json(beside, again)
     if known.get("format") != FORMAT or known.get("version") != VERSION:
         raise RunError(f"{beside}: not an export of this program's version {VERSION}. {again}")
-    try:
-        described = Description.model_validate(known)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise RunError(f"{beside}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}. {again}") from None
+    described = run_files.checked_json(Description, beside, known, again)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if described.sha256.get(path.name) != sha256:
         raise RunError(f"{path}: its SHA-256 is not the one in {beside.name}; it is damaged. {again}")

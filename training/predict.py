@@ -190,7 +190,6 @@ def predict(
             levels = levels_read(ensemble.settings.levels, ensemble.longest_side, patched)
             settings = ensemble.settings.model_copy(update={"decode_on": decode_on})
             chunks = stream(images, files, listed is not None, settings, levels, ensemble.batch, kept.position, workers)
-        out.parent.mkdir(parents=True, exist_ok=True)
         after = None
         if explain is not None:
             after = partial(_explain, ensemble, out=explain, threshold=explain_threshold, method=explain_method)

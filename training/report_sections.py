@@ -25,7 +25,7 @@ _PHASES = {"data": "waiting for data", "transfer": "in transfer", "compute": "in
 
 def curves(run: Run) -> list[str]:
     """Losses, ranking and learning rate by epoch, as SVG; empty before the first epoch has ended."""
-    heads = ", with the auxiliary heads'" if run.folds[0].config.model.aux else ""
+    heads = ", auxiliary heads included" if run.folds[0].config.model.aux else ""
     wanted = (
         (f"Training loss{heads}", "train_loss", "loss"),
         ("Validation loss", "val_loss", "loss"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ _NEEDED = ("image_id", "patient_id", "prediction_id", "cancer", "site_id", "mach
 _ID_COLUMNS = ("image_id", "patient_id", "laterality", "view", "prediction_id", "site_id", "machine_id", "density")
 # What readers of metrics.jsonl rely on, by the kind of line.
 _ALWAYS = {"epoch": ("epoch", "step"), "summary": ("advice",), "resources": ("time",)}
+_Model = TypeVar("_Model", bound=BaseModel)
 _WAY_OUT = "Restore the file, or train the fold again into another folder."
 
 
@@ -68,12 +69,7 @@ def read_environment(path: Path) -> Environment:
     Raises:
         RunError: it is missing, damaged, or of another version of this program.
     """
-    try:
-        return Environment.model_validate(read_json(path))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"]))
-        raise RunError(f"{path}: {where}: {wrong['msg']}. It is damaged, or of another version. {_WAY_OUT}") from None
+    return checked_json(Environment, path, read_json(path), f"It is damaged, or of another version. {_WAY_OUT}")
 
 
 def read_validation(path: Path, fold: int) -> pd.DataFrame:
@@ -148,6 +144,19 @@ def read_json(path: Path, way_out: str = _WAY_OUT) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunError(f"{path}: not readable as a JSON object. {way_out}")
     return found
+
+
+def checked_json(model: type[_Model], path: Path, found: dict[str, Any], way_out: str) -> _Model:
+    """What a file holds, as a model.
+
+    Raises:
+        RunError: names the file and the first value that cannot be; ends with the way out.
+    """
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise RunError(f"{path}: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}. {way_out}") from None
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

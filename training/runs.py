@@ -155,11 +155,8 @@ def continues(folder: Path, config: Config, store: Store) -> bool:
 def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     """What this configuration and store differ in from those that a fold's folder was begun with."""
     begun = FoldRun(folder, 0)
-    saved, wanted, environment = (
-        begun.config.model_dump(mode="json"),
-        config.model_dump(mode="json"),
-        begun.environment,
-    )
+    saved, wanted = (each.model_dump(mode="json") for each in (begun.config, config))
+    environment = begun.environment
     # More processes with smaller batches are the same training as long as the global batch is.
     was, now = saved["data"]["loader"], wanted["data"]["loader"]
     processes = int(os.environ.get("WORLD_SIZE", "1"))

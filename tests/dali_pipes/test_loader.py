@@ -225,14 +225,17 @@ def test_batches_are_prepared_ahead_of_one_that_is_slow(store, monkeypatch):
     monkeypatch.setattr(Plan, "sample", slow)
     settings = LoaderSettings(batch_size=1, threads=8, prefetch=4)
     with Loader(store, store.manifest, PIPELINE, settings) as loader:
-        running = loader.epoch(0)  # DALI's queue takes four batches at once, and a fifth when the first is taken
-        first = next(running)
+        running = loader.epoch(0)  # DALI's queue takes four batches at once, and a fifth when it is ready
+        first = [next(running)]
         deadline = time.monotonic() + 30
+        while 8 not in asked and not loader._is_next_ready() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first.append(next(running))
         while set(asked) != set(range(9)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert set(asked) == set(range(9))
         go_on.set()
-        assert len([first, *running]) == 20
+        assert len([*first, *running]) == 20
 
 
 def test_what_waits_for_an_epoch_that_was_left_is_not_prepared_any_more(store, monkeypatch):

@@ -37,9 +37,9 @@ Batch = dict[str, torch.Tensor]
 
 
 _Prepared = tuple[Any, Fault | None]
-# For a GPU the host works through a graph's operators one after the other, for longer than the GPU itself. So two
-# graphs take the batches in turns.
-_GRAPHS = {"cpu": 1, "cuda": 2}
+# Of a GPU's steps the host works through a graph's operators one after the other, for longer than the GPU itself. So
+# two graphs take the batches in turns.
+_GRAPHS = {"cpu": 1, "gpu": 2}
 _GPU_PARTS = 4  # of a batch, whose samples are prepared side by side; from a cache by Python alone, so in one
 
 
@@ -121,6 +121,8 @@ class Loader:
         self._settings, self._pipeline_settings = loader, pipeline
         self._dtype = getattr(torch, pipeline.dtype)
         self._device = torch.device(device)
+        self._is_on_gpu = self._device.type == "cuda"  # a batch
+        self._has_gpu_steps = self._is_on_gpu and loader.steps_on == "auto"
         self._threads = loader.threads or max(available_cores() // processes_here(), 1)
         self._pool: ThreadPoolExecutor | None = None
         self._resources = ExitStack()
@@ -202,7 +204,7 @@ class Loader:
             try:
                 yield batch
             finally:  # all that uses the batch is queued by now, unless who asked for it still has it
-                if self._device.type == "cuda":
+                if self._is_on_gpu:
                     self._lent.keep((image, fed.columns), torch.cuda.current_stream(self._device))
             if running != self._epoch_running:
                 raise RuntimeError("this loader was closed, or another epoch of it begun, before this one ended")
@@ -217,8 +219,8 @@ class Loader:
             raise RuntimeError("this loader was closed")
         if self._graphs:
             return
-        settings, on_gpu = self._settings, self._device.type == "cuda"
-        if on_gpu and self._device.index is None:
+        settings, on_gpu = self._settings, self._has_gpu_steps
+        if self._is_on_gpu and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
         on_device = on_gpu and settings.cache == "device"
@@ -230,7 +232,7 @@ class Loader:
         encoded = on_gpu and self._cache is None
         upload = self._upload if on_device else None
         self._source = self._open_source(self._cache, upload, encoded, whole=on_gpu and not encoded)
-        size, count = self._plan.batch_size, _GRAPHS[self._device.type]
+        size, count = self._plan.batch_size, _GRAPHS["gpu" if on_gpu else "cpu"]
         amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
         if on_gpu:
             self._parts = _GPU_PARTS if self._cache is None else 1
@@ -246,7 +248,8 @@ class Loader:
                 given = (source, self._pipeline_settings, self._uses, *amounts)
                 self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, self._stream))
             else:
-                self._graphs.append(host_pipeline(source, self._pipeline_settings, *amounts))
+                device_id = self._device.index if self._is_on_gpu else None
+                self._graphs.append(host_pipeline(source, self._pipeline_settings, *amounts, device_id))
 
     def _upload(self, level: NDArray[np.uint16]) -> torch.Tensor:
         return torch.from_numpy(level.view(np.int16)).to(self._device)
@@ -310,7 +313,7 @@ class Loader:
         return not self._ahead or all(job.done() for job in self._ahead[0][1])
 
     def _samples(self, epoch: int, rows: NDArray[np.int64], places: NDArray[np.int64]) -> list[_Prepared]:
-        """Some samples, or without a GPU their pictures, all steps done; and what is wrong with them."""
+        """Some samples, or where the host has the steps their pictures, all done; and what is wrong with them."""
         found: list[_Prepared] = []
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for row, place in zip(rows.tolist(), places.tolist(), strict=True):
@@ -327,7 +330,7 @@ class Loader:
     def _take(self, fed: _Fed) -> torch.Tensor:
         """A batch's pictures that a graph has ready, or will have."""
         graph = self._graphs[fed.graph]
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        stream = torch.cuda.current_stream(self._device) if self._is_on_gpu else None
         (output,) = graph.share_outputs(cuda_stream=stream)
         # The dynamic executor's buffers are the tensor's own from here on; nothing is copied.
         image = torch.from_dlpack(output.as_tensor())

@@ -158,6 +158,11 @@ class LoaderSettings(_Settings):
     prefetch: int = Field(
         default=2, ge=1, le=16, description="Batches prepared ahead, and as many again whose samples are."
     )
+    steps_on: Literal["auto", "cpu"] = Field(
+        default="auto",
+        description="Where levels are decoded and go through the steps: 'auto' is the device that takes the batches; "
+        "'cpu' leaves a GPU to the model, for one that is busy with it beside cores that are not.",
+    )
     cache: Literal["none", "host", "device"] = Field(default="none", description="Where decoded levels are kept.")
     cache_mb: int = Field(default=2048, ge=1, description="Size of that cache in MiB.")
     max_bad_samples: int = Field(
@@ -169,4 +174,6 @@ class LoaderSettings(_Settings):
         for name, needed in (("weight_column", "weighted"), ("hard_negatives", "balanced")):
             if getattr(self, name) is not None and self.sampling != needed:
                 raise ValueError(f"{name} needs sampling = '{needed}', and it is '{self.sampling}'")
+        if self.cache == "device" and self.steps_on == "cpu":
+            raise ValueError("cache = 'device' is for steps on the GPU; with steps_on = 'cpu' take cache = 'host'")
         return self

@@ -51,7 +51,10 @@ def advise(
     if shares.get("transfer", 0.0) > STARVING:
         return f"{shares['transfer']:.0%} of the time goes into copying batches to the device: a larger batch may help."
     if shares and utilisation is not None and utilisation < IDLE_GPU:
-        return "Data comes in time but the GPU idles between kernels: try a larger batch or model.compile=true."
+        return (
+            "Data comes in time but the GPU idles between kernels: try a larger batch, model.compile=true or "
+            "data.loader.steps_on=cpu."
+        )
     if shares:
         return f"The model itself limits this run; only {waiting:.1%} of the time is spent waiting for data."
     if not means:

@@ -36,6 +36,7 @@ FREE = (
     "train.covariates",  # fitted after training
     "data.loader.threads",
     "data.loader.prefetch",
+    "data.loader.steps_on",
     "data.loader.cache",
     "data.loader.cache_mb",
     "data.loader.max_bad_samples",

@@ -42,6 +42,15 @@ def test_a_batch_is_on_the_gpu_and_close_to_the_hosts(store):
         assert difference.mean() < 1
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_steps_on_the_host_give_a_gpu_what_they_give_the_host(store, train):
+    here, there = batches(store, train, steps_on="cpu", cache="host"), batches(store, train, device="cpu")
+    assert all(value.is_cuda for value in here[0].values())
+    for name in ("label", "index", "ok"):
+        assert torch.equal(joined(here, name).cpu(), joined(there, name))
+    torch.testing.assert_close(joined(here).cpu(), joined(there), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("codec", ["zstd", "deflate", "lzw", "none", "htj2k"])
 @pytest.mark.parametrize("patch", [False, True])
 def test_every_cache_and_codec_gives_the_same_bits(store, tmp_path, codec, patch):
@@ -70,16 +79,20 @@ def test_the_stream_is_the_same_for_any_batch_size_and_after_a_restart(store):
     assert torch.equal(joined(whole[3:]), joined(batches(store, epoch_samples=28, start=3)))
 
 
-def test_batches_stay_as_they_are_when_later_ones_come(store):
-    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2), seed=5, device="cuda") as loader:
+@pytest.mark.parametrize("steps_on", ["auto", "cpu"])
+def test_batches_stay_as_they_are_when_later_ones_come(store, steps_on):
+    settings = LoaderSettings(batch_size=2, steps_on=steps_on)
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5, device="cuda") as loader:
         kept = [(batch["image"], batch["image"].clone()) for epoch in range(3) for batch in loader.epoch(epoch)]
     assert all(torch.equal(a, b) for a, b in kept)
 
 
-def test_a_batch_stays_as_it_is_for_what_is_queued_on_it(store):
+@pytest.mark.parametrize("steps_on", ["auto", "cpu"])
+def test_a_batch_stays_as_it_is_for_what_is_queued_on_it(store, steps_on):
     """Here training is far behind the host, which has let go of the batch long ago."""
-    expected = [batch["image"] for batch in batches(store, batch_size=2)]
-    with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=2), seed=5, device="cuda") as loader:
+    expected = [batch["image"] for batch in batches(store, batch_size=2, steps_on=steps_on)]
+    settings = LoaderSettings(batch_size=2, steps_on=steps_on)
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5, device="cuda") as loader:
         copies = []
         for batch in loader.epoch(2):
             torch.cuda._sleep(200_000_000)
@@ -101,12 +114,14 @@ def test_levels_are_uploaded_for_the_device_cache_without_waiting_for_training(s
         assert all(batch["image"].isfinite().all() for batch in taken)
 
 
-@pytest.mark.parametrize("cache", ["none", "host", "device"])
-def test_a_damaged_tile_costs_its_sample_alone(tmp_path, cache):
+@pytest.mark.parametrize(
+    ("cache", "steps_on"), [*((each, "auto") for each in ("none", "host", "device")), ("none", "cpu")]
+)
+def test_a_damaged_tile_costs_its_sample_alone(tmp_path, cache, steps_on):
     other = make_store(tmp_path / "store", count=8)
-    sound = joined(batches(other, train=False, cache=cache))
+    sound = joined(batches(other, train=False, cache=cache, steps_on=steps_on))
     flipped(other.root / other.manifest[level_column("path", "64")].iloc[2], bit=4000)
-    found = batches(other, train=False, cache=cache)
+    found = batches(other, train=False, cache=cache, steps_on=steps_on)
     ok = joined(found, "ok").cpu().numpy()
     assert np.flatnonzero(~ok).tolist() == [2]
     assert torch.equal(joined(found)[torch.from_numpy(ok)], sound[torch.from_numpy(ok)])

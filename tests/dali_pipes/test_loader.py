@@ -14,10 +14,12 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
+from pydantic import ValidationError
 
 from dali_pipes import loader as loader_module
 from dali_pipes.cache import LevelCache, shared_cache
 from dali_pipes.loader import Loader
+from dali_pipes.pipelines import host_pipeline
 from dali_pipes.plan import Draw, Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
 from dali_pipes.source import Source
@@ -160,7 +162,7 @@ def test_a_closed_loader_has_emptied_its_cache(store):
 
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_a_graph_that_fails_says_so_and_holds_nothing(store, monkeypatch, prefetch):
-    def failing(source, settings, batch_size, threads, prefetch):
+    def failing(source, settings, batch_size, threads, prefetch, device_id):
         def refuse(_):
             raise MemoryError("no memory for the warp")
 
@@ -192,6 +194,32 @@ def test_without_a_gpu_of_its_own_a_loader_leaves_cuda_alone(store, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     assert joined(batches(store), "ok").all()
+
+
+def test_steps_of_the_host_may_feed_a_gpu(store, monkeypatch):
+    """Faked as far as the graph: what it is built with, and that the samples given to it are finished pictures."""
+    built = []
+
+    def faked(source, settings, batch_size, threads, prefetch, device_id):
+        built.append((source, device_id))
+        return host_pipeline(source, settings, batch_size, threads, prefetch)
+
+    monkeypatch.setattr(loader_module, "host_pipeline", faked)
+    settings = LoaderSettings(batch_size=4, threads=2, steps_on="cpu", cache="host")
+    with Loader(store, store.manifest, PIPELINE, settings, seed=5, device="cuda:3") as loader:
+        loader._open()
+        loader._feed = loader._batches(2, 0)
+        ((source, device_id),) = built
+        pictures = torch.from_numpy(np.stack(source()))
+    assert device_id == 3
+    (first, *_) = batches(store, steps_on="cpu")
+    expected = first["image"] * PIPELINE.std + PIPELINE.mean
+    torch.testing.assert_close(pictures.permute(0, 3, 1, 2), expected, rtol=0, atol=1e-6)
+
+
+def test_levels_are_not_kept_on_a_gpu_that_has_no_steps():
+    with pytest.raises(ValidationError, match="take cache = 'host'"):
+        LoaderSettings(steps_on="cpu", cache="device")
 
 
 def test_batches_that_are_ready_do_not_wait_for_a_later_one(store, monkeypatch):

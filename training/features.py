@@ -9,9 +9,11 @@ Vectors of different folds are of different models and not to be compared with o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from preprocessing.errors import StoreError
 from preprocessing.files import replaced
@@ -26,10 +29,12 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.progress import Progress, Report
 from training import run_files, runs
 from training.assemble import open_ensemble, require_same_conversion
-from training.ensemble import Ensemble
+from training.ensemble import Group, Member
 from training.failures import prediction_advice
 from training.model import MammoModel
 from training.timing import Untimed, timed
+
+_ROW_GROUP = 4096  # rows that are written at once
 
 
 @dataclass(frozen=True)
@@ -79,71 +84,110 @@ def extract(
     if rows.empty:
         raise StoreError(f"{opened.root}: no pictures there; rejected.csv says why.")
     found = runs.folds_of(run)
-    ensembles = [open_ensemble([fold.folder], device, names=()) for fold in found]  # all, before any is worked on
-    for ensemble in ensembles:
-        require_same_conversion(ensemble, opened)
-    paths, faults, features = [], {}, np.zeros((0, 0), np.float32)
-    for number, (fold, own) in enumerate(zip(found, ensembles, strict=True)):
-        ensemble = own.in_batches(batch_size) if batch_size else own
+    ensemble = open_ensemble([fold.folder for fold in found], device, names=())
+    require_same_conversion(ensemble, opened)
+    ensemble = ensemble.in_batches(batch_size) if batch_size else ensemble
+    paths = [out / f"fold{fold.fold}.parquet" for fold in found]
+    faults: dict[int, str] = {}
+    done = 0
 
-        def tell(done: int, before: int = number * len(rows)) -> None:
-            if progress is not None:
-                progress(Progress(before + done, len(found) * len(rows)))
+    def tell(pictures: int) -> None:
+        nonlocal done
+        done += pictures
+        if progress is not None:
+            progress(Progress(done, len(found) * len(rows)))
 
-        with prediction_advice(ensemble.largest_batch, ensemble.longest_side):
-            index, probability, features, bad = _outputs(ensemble, opened, rows, tell, monitor or Untimed())
-        faults |= bad
-        held_out = rows["image_id"].isin(fold.validation["image_id"]).to_numpy()[index]
+    with ExitStack() as files, prediction_advice(ensemble.largest_batch, ensemble.longest_side):
         out.mkdir(parents=True, exist_ok=True)
-        path = out / f"fold{fold.fold}.parquet"
-        _write(path, rows.iloc[index], held_out, probability, features)
-        paths.append(path)
-    pictures, length = features.shape
-    return FeaturesSummary(tuple(paths), pictures, length, tuple(faults.values()))
+        opening = zip(found, paths, strict=True)
+        tables = [_Table(rows, fold, files.enter_context(replaced(path))) for fold, path in opening]
+        for group in ensemble.groups:
+            faults |= _fill(tables, group, opened, rows, ensemble.device, tell, monitor or Untimed())
+        length = max(table.close() for table in tables)
+    return FeaturesSummary(tuple(paths), len(rows) - len(faults), length, tuple(faults.values()))
 
 
-def _outputs(
-    ensemble: Ensemble, store: Store, rows: pd.DataFrame, tell: Any, monitor: Any
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], dict[int, str]]:
-    """Positions [n] of the pictures that could be read, probabilities [n] and features [n, F]; why others could not."""
+class _Table:
+    """A fold's file as it grows.
+
+    Args:
+        rows: the manifest's.
+        fold: whose model sees them.
+        file: to write to.
+    """
+
+    def __init__(self, rows: pd.DataFrame, fold: runs.FoldRun, file: IO[bytes]) -> None:
+        facts = rows[[name for name in run_files.VALIDATION_COLUMNS if name in rows]]
+        held_out = rows["image_id"].isin(fold.validation["image_id"])
+        self._facts = pa.Table.from_pandas(facts, preserve_index=False).append_column("held_out", pa.array(held_out))
+        self._file = file
+        self._writer: pq.ParquetWriter | None = None
+        # Filled in place: kept one by one, small arrays would lie between the batches' freed memory and break it up.
+        self._waiting: tuple[NDArray[Any], ...] = ()
+        self._count = 0
+
+    def add(self, index: NDArray[np.int64], probability: NDArray[np.float32], features: NDArray[np.float32]) -> None:
+        """Rows at positions [n], with probabilities [n] and features [n, F]."""
+        columns = index, probability, features
+        if not self._waiting:
+            self._waiting = tuple(np.empty((_ROW_GROUP, *each.shape[1:]), each.dtype) for each in columns)
+        done = 0
+        while done < len(index):
+            count = min(len(index) - done, _ROW_GROUP - self._count)
+            for waiting, given in zip(self._waiting, columns, strict=True):
+                waiting[self._count : self._count + count] = given[done : done + count]
+            done, self._count = done + count, self._count + count
+            if self._count == _ROW_GROUP:
+                self._flush()
+
+    def close(self) -> int:
+        """Write the rest and the file's end. Gives the vectors' length."""
+        if self._count or self._writer is None:
+            self._flush()
+        assert self._writer is not None
+        self._writer.close()
+        return self._waiting[-1].shape[1]
+
+    def _flush(self) -> None:
+        index, probability, features = (each[: self._count] for each in self._waiting)
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
+        table = self._facts.take(pa.array(index))
+        for name, column in {"prediction": pa.array(probability), "embedding": vectors}.items():
+            table = table.append_column(name, column)
+        self._writer = self._writer or pq.ParquetWriter(self._file, table.schema, compression="zstd")
+        self._writer.write_table(table)
+        self._count = 0
+
+
+def _fill(
+    tables: Sequence[_Table],
+    group: Group,
+    store: Store,
+    rows: pd.DataFrame,
+    device: torch.device,
+    tell: Callable[[int], None],
+    monitor: Any,
+) -> dict[int, str]:
+    """Add to each of the group's folds what its model makes of the pictures that can be read; why others cannot."""
     from dali_pipes.loader import Loader
 
-    (group,) = ensemble.groups
-    (member,) = group.members
-    model = cast(MammoModel, member.model)
-    layout = torch.channels_last if member.channels_last else torch.contiguous_format
-    mixed = torch.autocast(ensemble.device.type, member.precision, enabled=member.precision != torch.float32)
-    loader = Loader(store, rows, group.pipeline, group.loader, train=False, device=str(ensemble.device))
-    columns: list[tuple[Any, ...]] = []
-    done = 0
-    with loader:
+    with Loader(store, rows, group.pipeline, group.loader, train=False, device=str(device)) as loader:
         for batch in timed(loader.epoch(0), monitor, "data"):
             with monitor.time("transfer"):
-                image = batch["image"].to(ensemble.device, non_blocking=True).contiguous(memory_format=layout)
-            with monitor.time("compute"), torch.inference_mode(), mixed:
-                outputs = model.outputs(image)
-            ok = batch["ok"].cpu().numpy()
-            taken = batch["index"], torch.sigmoid(outputs["cancer"]), outputs["embedding"]
-            columns.append(tuple(each.cpu().numpy()[ok] for each in taken))
-            done += len(ok)
-            tell(done)
-        faults = loader.bad_samples
-    index, probability, features = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return index, probability, features, faults
+                image = batch["image"].to(device, non_blocking=True)
+                index, ok = batch["index"].cpu().numpy(), batch["ok"].cpu().numpy()
+            for member in group.members:
+                with monitor.time("compute"):
+                    probability, features = (each.cpu().numpy() for each in _outputs(member, image))
+                tables[member.run].add(index[ok], probability[ok], features[ok])
+                tell(len(ok))
+        return loader.bad_samples
 
 
-def _write(
-    path: Path,
-    rows: pd.DataFrame,
-    held_out: NDArray[np.bool_],
-    probability: NDArray[np.float32],
-    features: NDArray[np.float32],
-) -> None:
-    facts = rows[[name for name in run_files.VALIDATION_COLUMNS if name in rows]]
-    table = pa.Table.from_pandas(facts, preserve_index=False)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
-    columns = {"held_out": pa.array(held_out), "prediction": pa.array(probability), "embedding": vectors}
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    with replaced(path) as file:
-        pq.write_table(table, file, compression="zstd")
+@torch.inference_mode()
+def _outputs(member: Member, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [B] and features [B, F] of pictures [B, C, H, W], both float32."""
+    layout = torch.channels_last if member.channels_last else torch.contiguous_format
+    with torch.autocast(image.device.type, member.precision, enabled=member.precision != torch.float32):
+        outputs = cast(MammoModel, member.model).outputs(image.contiguous(memory_format=layout))
+    return torch.sigmoid(outputs["cancer"]).float(), outputs["embedding"].float()

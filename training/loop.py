@@ -158,17 +158,21 @@ class Validation:
 
 
 @torch.inference_mode()
-def validate(parts: Parts, batches: Iterable[Batch], monitor: Any) -> Validation:
+def validate(parts: Parts, batches: Iterable[Batch], monitor: Any, rows: int) -> Validation:
     """Predict every batch with the judged model, which is left in evaluation mode.
 
     Args:
         parts: as in training; nothing is changed.
         batches: `image` [B, C, H, W], `label`, `index` and `ok` [B].
         monitor: times data, transfer and compute.
+        rows: how many samples the batches have together at most.
     """
     model = parts.judged
     model.eval()
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    # Filled in place: kept one by one, small tensors would lie between the batches' freed memory and break it up.
+    kinds = torch.int64, torch.float32, torch.bool
+    found = [torch.empty(rows, dtype=kind, device=parts.device) for kind in kinds]
+    done = 0
     loss_sum, known = torch.zeros((), device=parts.device), torch.zeros((), device=parts.device)
     for batch in timed(batches, monitor, "data"):
         with monitor.time("transfer"):
@@ -180,12 +184,10 @@ def validate(parts: Parts, batches: Iterable[Batch], monitor: Any) -> Validation
             losses = parts.loss.per_sample(logits, batch["label"].nan_to_num())
             loss_sum += torch.where(usable, losses, torch.zeros_like(losses)).sum()
             known += usable.sum()
-            found.append((batch["index"], torch.sigmoid(logits), batch["ok"]))
-    index, prediction, ok = (
-        (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
-        if found
-        else (np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
-    )
+            for column, values in zip(found, (batch["index"], torch.sigmoid(logits), batch["ok"]), strict=True):
+                column[done : done + len(values)] = values
+            done += len(logits)
+    index, prediction, ok = (column[:done].cpu().numpy() for column in found)
     return Validation(index, prediction, ok, float(loss_sum), int(known))
 
 

@@ -268,7 +268,8 @@ class Session:
         """The held-out pictures with their predictions, the mean loss, and how many tiles were damaged."""
         self.place.share_buffers(self.parts.judged)
         with self._progress(self.monitor.line, ", validation") as advance:
-            found = self.place.gather(validate(self.parts, self._told(self.validation.epoch(0), advance), self.monitor))
+            batches = self._told(self.validation.epoch(0), advance)
+            found = self.place.gather(validate(self.parts, batches, self.monitor, len(self.held_out)))
         index = np.concatenate([part.index for part in found])
         rows = self.held_out.iloc[index].assign(prediction=np.concatenate([part.prediction for part in found]))
         ok = np.concatenate([part.ok for part in found])

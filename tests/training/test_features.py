@@ -17,7 +17,7 @@ from preprocessing.errors import RunError, StoreError
 from preprocessing.manifest import open_store
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run
-from training import run_files, runs
+from training import features, run_files, runs
 from training.features import extract
 from training.predict import predict
 
@@ -91,3 +91,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(store: Path, tm
     with pytest.raises(RunError, match="not there yet"):
         extract(half, store, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_written_in_groups(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(tmp_path / "run", folds=1)
+    (whole,) = extract(run, store, tmp_path / "whole", device="cpu", batch_size=4).paths
+    monkeypatch.setattr(features, "_ROW_GROUP", 6)
+    (grouped,) = extract(run, store, tmp_path / "grouped", device="cpu", batch_size=4).paths
+    assert pq.read_table(grouped).equals(pq.read_table(whole))
+    assert pq.read_metadata(grouped).num_row_groups == -(-len(open_store(store).manifest) // 6)
+    assert pq.read_metadata(whole).num_row_groups == 1
+
+
+def test_a_store_of_damaged_pictures_gives_a_table_without_rows(store: Path, tmp_path: Path):
+    copy = shutil.copytree(store, tmp_path / "store")
+    for tile in (copy / "tiles").rglob("*.tif"):
+        tile.write_bytes(b"no tile")
+    summary = extract(make_run(tmp_path / "run", folds=1), copy, tmp_path / "out", device="cpu")
+    assert summary.pictures == 0
+    assert pq.read_schema(summary.paths[0]).field("embedding").type.list_size == summary.length

@@ -146,8 +146,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
 
 
 def test_predictions_that_are_not_finite_end_the_run_and_no_model_is_kept_for_them(store, tmp_path, monkeypatch):
-    def broken(parts, batches, monitor):
-        found = validate(parts, batches, monitor)
+    def broken(parts, batches, monitor, rows):
+        found = validate(parts, batches, monitor, rows)
         found.prediction[[1, 4]] = np.nan
         return found
 
@@ -176,7 +176,7 @@ def test_validation_predicts_each_row_once_without_changing_the_model(store):
     _, held_out = fit.split(store, config.data, 0)
     loader = fakes.open_fake_loader(store, held_out, config, train=False, device="cpu", place=World())
     before = {name: value.clone() for name, value in parts.judged.state_dict().items()}
-    found = validate(parts, loader.epoch(0), fakes.FakeMonitor(None))
+    found = validate(parts, loader.epoch(0), fakes.FakeMonitor(None), len(held_out))
     assert found.index.tolist() == list(range(len(held_out)))
     assert found.ok.all()
     assert all(torch.equal(value, before[name]) for name, value in parts.judged.state_dict().items())

@@ -6,6 +6,7 @@ Nothing heavy is imported here: a command imports what it needs when it is calle
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -312,6 +313,13 @@ def _fold_numbers(text: str) -> list[int] | None:
 @main.command()
 @_store
 @click.option("--fold", default="0", show_default=True, help="Fold to validate on, or 'all' to train each in turn.")
+@click.option(
+    "--extra-store",
+    "extra_stores",
+    type=_PATH,
+    multiple=True,
+    help="Another store, to train on its labelled pictures too, in every fold; repeatable.",
+)
 @click.option("--out", type=_PATH, default=RUN, show_default=True, help="Run folder; fold K is written to its foldK.")
 @_config
 @_set
@@ -324,6 +332,7 @@ def train(
     ctx: click.Context,
     store: Path,
     fold: str,
+    extra_stores: tuple[Path, ...],
     out: Path,
     config_source: str | None,
     overrides: tuple[str, ...],
@@ -336,6 +345,8 @@ def train(
     from training.config import load_config
     from training.workflow import train_folds
 
+    if extra_stores:
+        overrides = (*overrides, f"data.extra_stores={json.dumps([str(each) for each in extra_stores])}")
     if device:
         overrides = (*overrides, f"train.device={device}")
     if batch_size:

@@ -359,6 +359,6 @@ class Loader:
             listed = "\n".join(f"  {reason}" for _, reason in sorted(self._faults.items()))
             raise StoreError(
                 f"{len(self._faults)} damaged tiles, more than data.loader.max_bad_samples = {most} allows. Mend the "
-                f"store with: python cli.py convert --repair --out {self._root}, and the --images and --csv that it "
-                f"was made from\n{listed}"
+                f"store that they are in with: python cli.py convert --repair --out {self._root}, and the --images and "
+                f"--csv that it was made from\n{listed}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -10,6 +10,8 @@ Codec = Literal["zstd", "deflate", "lzw", "none", "htj2k"]
 DecodeOn = Literal["cpu", "gpu", "gpu-all"]
 FULL = "full"
 GPU_CODEC: Codec = "htj2k"  # the best to train from on a GPU; docs/loading.md has the measurements
+# Settings that change what a model sees; the others only change how tiles are kept.
+DECISIVE = ("levels", "crop", "crop_margin", "frame")
 
 
 class ConvertSettings(BaseModel):
@@ -57,3 +59,16 @@ class ConvertSettings(BaseModel):
         ):
             raise ValueError(f"levels are 'full' and whole numbers from 16 to 65536, each once; found {list(levels)}")
         return tuple([FULL] * (FULL in levels) + sorted(sizes, key=int, reverse=True))
+
+    def difference(self, other: ConvertSettings) -> tuple[str, str, str] | None:
+        """The first of the settings that change what a model sees in which the two differ: its name, and the values
+        here and there. None where pictures of both may be mixed."""
+        for name in DECISIVE:
+            here, there = getattr(self, name), getattr(other, name)
+            if here != there:
+                return name, _plain(here), _plain(there)
+        return None
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

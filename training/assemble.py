@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 Weights = Sequence[float] | Literal["fitted"] | None  # a run each
 Aggregate = Literal["run", "mean", "max", "noisy_or", "fitted"]
 
-# Settings of a conversion that change what a model sees; the others only change how tiles are kept.
-DECISIVE = ("levels", "crop", "crop_margin", "frame")
 # A damaged tile costs its picture alone here, however many there are.
 _NO_LIMIT = 2**31 - 1
 
@@ -120,13 +118,12 @@ def require_same_conversion(ensemble: Ensemble, store: Store) -> None:
     Raises:
         StoreError: names the first setting that differs.
     """
-    for name in DECISIVE:
-        here, there = getattr(store.settings, name), getattr(ensemble.settings, name)
-        if here != there:
-            raise StoreError(
-                f"{store.root}: converted with {name} = {_plain(here)}, but the runs were trained on a store with "
-                f"{name} = {_plain(there)}. Convert these pictures with the same settings into another folder."
-            )
+    if difference := store.settings.difference(ensemble.settings):
+        name, here, there = difference
+        raise StoreError(
+            f"{store.root}: converted with {name} = {here}, but the runs were trained on a store with {name} = "
+            f"{there}. Convert these pictures with the same settings into another folder."
+        )
 
 
 def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Group:
@@ -155,12 +152,12 @@ def _common_settings(folds: Sequence[FoldRun]) -> ConvertSettings:
 
 def _require_same(found: Sequence[tuple[str, ConvertSettings]]) -> None:
     for (one, a), (other, b) in itertools.pairwise(found):
-        for name in DECISIVE:
-            if getattr(a, name) != getattr(b, name):
-                raise RunError(
-                    f"{one} was trained on a store with {name} = {_plain(getattr(a, name))}, {other} with {name} = "
-                    f"{_plain(getattr(b, name))}. Predict with each alone and average the submissions."
-                )
+        if difference := a.difference(b):
+            name, here, there = difference
+            raise RunError(
+                f"{one} was trained on a store with {name} = {here}, {other} with {name} = {there}. Predict with each "
+                "alone and average the submissions."
+            )
 
 
 def _settings(fold: FoldRun) -> ConvertSettings:
@@ -256,7 +253,3 @@ def given_weights(weights: Sequence[float] | None, count: int) -> NDArray[np.flo
             f"weights: expected {count} number(s) of 0 or more, one a run, not all 0; found {list(weights or [])}."
         )
     return given / given.sum()
-
-
-def _plain(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

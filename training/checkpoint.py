@@ -34,6 +34,7 @@ FREE = (
     "model.gradient_checkpointing",
     "train.cudnn_benchmark",
     "train.covariates",  # fitted after training
+    "data.extra_stores",  # they may have moved; what is in them is compared
     "data.loader.threads",
     "data.loader.prefetch",
     "data.loader.steps_on",

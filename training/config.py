@@ -38,6 +38,11 @@ class DataSettings(_Settings):
         default=(), description="Machines kept out of training, so that validation shows how unseen ones fare."
     )
     holdout_sites: tuple[_Id, ...] = Field(default=(), description="Sites kept out of training, likewise.")
+    extra_stores: tuple[str, ...] = Field(
+        default=(),
+        description="Folders of other stores, whose labelled pictures are trained on too, in every fold; none of them "
+        "is validated on.",
+    )
     loader: LoaderSettings = Field(default_factory=LoaderSettings, description="How samples are delivered.")
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from dali_pipes.sampling import hard_negatives
@@ -17,12 +18,14 @@ from preprocessing.machine import available_cores
 from preprocessing.manifest import Store
 from training.config import Config
 from training.distributed import World
+from training.extra import extra_rows, fingerprint
 from training.losses import aux_targets
 
 PACKAGES = (
     *("mammopipe", "torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
     *("numpy", "pandas", "scikit-learn"),
 )
+EXTRA = "extra_stores"  # among the facts
 
 
 def describe(store: Store, fold: int, device: torch.device, world: World, command: str, weights: str) -> dict[str, Any]:
@@ -57,6 +60,8 @@ def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
         InputError: the list of hard negatives cannot be read.
     """
     data, loader, rows = config.data, config.data.loader, store.manifest
+    if data.extra_stores:
+        rows = pd.concat([rows, extra_rows(store, data.extra_stores)], ignore_index=True)
     names = [loader.weight_column] if loader.weight_column else []
     names += [name for name, held in (("machine_id", data.holdout_machines), ("site_id", data.holdout_sites)) if held]
     read = rows[[name for name in names if name in rows]]
@@ -65,7 +70,8 @@ def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
     found = {name: rows[["image_id"]].assign(value=values).to_csv(index=False) for name, values in read.items()}
     if loader.hard_negatives:
         found["hard_negatives"] = "\n".join(sorted(hard_negatives(loader.hard_negatives) & set(rows["image_id"])))
-    return {str(name): hashlib.sha256(content.encode()).hexdigest() for name, content in found.items()}
+    digests = {str(name): hashlib.sha256(content.encode()).hexdigest() for name, content in found.items()}
+    return digests | ({EXTRA: fingerprint(data.extra_stores)} if data.extra_stores else {})
 
 
 def git_commit() -> str | None:

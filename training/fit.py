@@ -19,6 +19,7 @@ from training.batch_size import find_batch_size
 from training.config import Config, DataSettings
 from training.device import held_by_others, pick_device
 from training.distributed import World, world
+from training.extra import extra_rows
 from training.failures import training_advice
 from training.session import FitSummary, Session
 
@@ -76,15 +77,26 @@ def fit(
         if done is not None:
             log.info("%s is finished; nothing to do.", folder)
             return done
+        log.info(
+            "Fold %d: %d pictures to train on%s, %d of them with cancer; %d to validate on.",
+            fold,
+            len(training),
+            f", {training['fold'].isna().sum()} from other stores" if config.data.extra_stores else "",
+            (training["cancer"] == 1).sum(),
+            len(held_out),
+        )
         with Session(config, store, fold, folder, command, console, place, device, training, held_out) as session:
             return session.run()
 
 
 def split(store: Store, data: DataSettings, fold: int, place: World | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Rows of the manifest to train on and to validate on, each with a fresh index; without label: none.
+    """Rows to train on, `data.extra_stores`' among them, and to validate on, each with a fresh index; without label:
+    none.
 
     Raises:
-        InputError: the fold is unknown, or either part lacks breasts with or without cancer.
+        InputError: the fold is unknown, either part lacks breasts with or without cancer, or a patient is in two of
+            the stores.
+        StoreError: a store of `data.extra_stores` is not there, or was converted otherwise.
     """
     place = place or World()
     if place.is_main:
@@ -103,8 +115,11 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
         if unknown := [each for each in wanted if each not in known]:
             raise InputError(f"data.{name}: {store.root} has no {unknown[0]!r}; it has {', '.join(known)}.")
     rows = rows[rows["cancer"].notna()]
-    kept_out = rows["machine_id"].isin(data.holdout_machines) | rows["site_id"].isin(data.holdout_sites)
-    training = _limit(rows[(rows["fold"] != fold) & ~kept_out], data.max_images)
+    pool = rows[rows["fold"] != fold]
+    if data.extra_stores:
+        pool = pd.concat([pool, extra_rows(store, data.extra_stores)], ignore_index=True)
+    kept_out = pool["machine_id"].isin(data.holdout_machines) | pool["site_id"].isin(data.holdout_sites)
+    training = _limit(pool[~kept_out], data.max_images)
     held_out = _limit(rows[rows["fold"] == fold], data.max_images)
     for name, part in (("training on", training), ("validating on", held_out)):
         breasts = part.groupby("prediction_id")["cancer"].max()

@@ -166,7 +166,7 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         was["batch_size"] = now["batch_size"]
     # They bring torch and scikit-learn, which those that only read or watch a run do without.
     from training import checkpoint
-    from training.environment import facts_trained_on
+    from training.environment import EXTRA, facts_trained_on
     from training.folds import held_out_digest
 
     found = checkpoint.differences(saved, wanted)
@@ -176,7 +176,10 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     elif environment.held_out not in (None, held_out_digest(store, environment.fold)):
         found.append(f"folds: fold {environment.fold} of {store.root} holds other pictures out than it did")
     begun_with, now_there = environment.facts_read, facts_trained_on(store, config)
-    changed = sorted(name for name in begun_with.keys() & now_there.keys() if begun_with[name] != now_there[name])
+    if begun_with.get(EXTRA) != now_there.get(EXTRA):
+        found.append("data.extra_stores: other pictures there than it was begun with")
+    both = (begun_with.keys() & now_there.keys()) - {EXTRA}
+    changed = sorted(name for name in both if begun_with[name] != now_there[name])
     for name in changed:
         listed = name == "hard_negatives"
         told = f"{config.data.loader.hard_negatives} lists other pictures than it did"

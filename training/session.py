@@ -317,6 +317,7 @@ class Session:
                 "images": len(self.training),
                 "machines": sorted(self.training["machine_id"].unique().tolist()),
                 "sites": sorted(self.training["site_id"].unique().tolist()),
+                "extra_stores": [str(Path(each).resolve()) for each in self.config.data.extra_stores],
             }
             (self.folder / runs.RECORDS).unlink(missing_ok=True)
             runs.begin(self.folder, self.config, environment)

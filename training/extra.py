@@ -1,0 +1,64 @@
+"""Other stores' pictures, to train on beside a store's own. None of them is validated on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import pandas as pd
+
+from preprocessing.errors import InputError, StoreError
+from preprocessing.manifest import Store, level_column, open_store
+
+
+def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
+    """Labelled rows of other stores, their tiles by absolute paths, so that a loader of `store` finds them.
+
+    Args:
+        store: the store that is trained on and validated.
+        extra: folders of the others.
+
+    Raises:
+        StoreError: no store there, or one whose conversion prepared the pictures otherwise.
+        InputError: a picture or a patient that is in another one of them too, who would be trained on twice, or
+            trained on and validated.
+    """
+    known, parts = [store], []
+    for folder in extra:
+        other = open_store(folder)
+        if difference := other.settings.difference(store.settings):
+            name, here, there = difference
+            raise StoreError(
+                f"data.extra_stores: {other.root} was converted with {name} = {here}, {store.root} with {name} = "
+                f"{there}. Convert it with the same settings into another folder."
+            )
+        for each in known:
+            _require_apart(other, each)
+        known.append(other)
+        rows = other.manifest[other.manifest["cancer"].notna()]
+        tiles = [level_column("path", level) for level in other.levels]
+        root = other.root.resolve()
+        parts.append(rows.assign(**{name: [str(root / path) for path in rows[name]] for name in tiles}))
+    return pd.concat(parts, ignore_index=True) if parts else store.manifest.iloc[:0]
+
+
+def fingerprint(extra: Sequence[str]) -> str:
+    """SHA-256 of the other stores' fingerprints, in hexadecimal."""
+    return hashlib.sha256("\n".join(open_store(folder).fingerprint for folder in extra).encode()).hexdigest()
+
+
+def _require_apart(other: Store, store: Store) -> None:
+    rows, own = other.manifest, store.manifest
+    twice = rows[rows["source_sha256"].isin(set(own["source_sha256"]) - {""})]
+    if len(twice):
+        raise InputError(
+            f"data.extra_stores: picture {twice['image_id'].iloc[0]} of {other.root} is in {store.root} too, as "
+            f"{len(twice)} of it are. Leave that store out, or convert it from a table without them."
+        )
+    both = rows[rows["patient_id"].isin(own["patient_id"])]
+    if len(both):
+        raise InputError(
+            f"data.extra_stores: patient {both['patient_id'].iloc[0]} is in {other.root} and in {store.root}, as "
+            f"{both['patient_id'].nunique()} are. Leave them out of one table, or give one table other patient ids if "
+            "they are not the same people; then convert it into another folder."
+        )

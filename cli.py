@@ -243,7 +243,7 @@ def convert(
     if preview:
         from preprocessing.preview import draw_gallery
 
-        click.echo(f"Crop gallery: {draw_gallery(out, preview)}")
+        click.echo(f"Crop gallery: {draw_gallery(out, preview, images)}")
 
 
 @main.command()

@@ -213,18 +213,9 @@ def summarise(measured: dict[str, list[Seconds]]) -> list[dict[str, Any]]:
 
 def scaling(pictures: list[Picture], work: Path, copies: int) -> dict[str, Any]:
     """Pictures a second of the whole `convert`, on one process and on one a core."""
-    table = work / "scaling.csv"
-    lines = [
-        {"patient_id": "p", "image_id": f"{picture.path.stem}-{copy}", "file": picture.path.name}
-        for picture in pictures
-        for copy in range(copies)
-    ]
-    pd.DataFrame(lines).to_csv(table, index=False)
-    rates: dict[int, float] = {}
-    for count in sorted({1, available_cores()}):
-        start = time.perf_counter()
-        convert(pictures[0].path.parent, table, work / f"scaling-{count}", SETTINGS, workers=count)
-        rates[count] = len(lines) / (time.perf_counter() - start)
+    counts = sorted({1, available_cores()})
+    spent = {count: converted(pictures, work, copies, SETTINGS, workers=count)[0] for count in counts}
+    rates = {count: copies * len(pictures) / seconds for count, seconds in spent.items()}
     cores = max(rates)
     return {"cores": cores, "pictures_per_s": rates, "efficiency": round(rates[cores] / rates[1] / cores, 2)}
 
@@ -255,7 +246,9 @@ def on_gpu(pictures: list[Picture], work: Path, copies: int, repeats: int) -> It
         }
 
 
-def converted(files: list[Picture], work: Path, copies: int, settings: ConvertSettings) -> tuple[float, set[str]]:
+def converted(
+    files: list[Picture], work: Path, copies: int, settings: ConvertSettings, workers: int = 0
+) -> tuple[float, set[str]]:
     """Seconds of a conversion of so many copies of each file, and who decoded them."""
     table, out = work / f"{uuid.uuid4().hex}.csv", work / uuid.uuid4().hex
     lines = [
@@ -265,7 +258,7 @@ def converted(files: list[Picture], work: Path, copies: int, settings: ConvertSe
     ]
     pd.DataFrame(lines).to_csv(table, index=False)
     start = time.perf_counter()
-    convert(files[0].path.parent, table, out, settings)
+    convert(files[0].path.parent, table, out, settings, workers=workers)
     spent = time.perf_counter() - start
     used = set(open_store(out).manifest["decoder"])
     shutil.rmtree(out)

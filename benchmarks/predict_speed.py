@@ -253,7 +253,7 @@ def by_stage(work: Work, ensemble: Ensemble) -> dict[str, float]:
         crop = timed("crop", lambda values=values: find_breast(values, settings.crop_margin)).crop
         timed("levels", lambda values=values, crop=crop: tiles.build_levels(values[crop.slices], settings.levels))
         job = ingest.Job(path.parent, store, settings, Source(path.stem, path.name, {"patient_id": "p"}), levels)
-        timed("rest of intake", lambda job=job: ingest.ingest(job))
+        timed("rest of intake", lambda job=job: ingest.settle(ingest.stage(job)))
     spent["rest of intake"] -= spent["decode"] + spent["crop"] + spent["levels"]
     rows = work.store.manifest.head(len(paths))
     loader = group.loader.model_copy(update={"threads": 1})

@@ -126,7 +126,7 @@ class Loader:
         self._threads = loader.threads or max(available_cores() // processes_here(), 1)
         self._pool: ThreadPoolExecutor | None = None
         self._resources = ExitStack()
-        self._cache: LevelCache | None = None
+        self.cache: LevelCache | None = None
         self._graphs: list[Any] = []
         self._steps: HostSteps | None = None
         self._feed: Iterator[_Drawn] = iter(())
@@ -143,11 +143,6 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """Batches of an epoch for this rank."""
         return self._plan.steps
-
-    @property
-    def cache(self) -> LevelCache | None:
-        """The cache in use: its hits, misses and bytes."""
-        return self._cache
 
     @property
     def bad_samples(self) -> dict[int, str]:
@@ -211,8 +206,8 @@ class Loader:
             began = time.monotonic()
         for graph in self._graphs:
             graph.reset()
-        if self._cache is not None:
-            log.info("Cache: %s.", self._cache)
+        if self.cache is not None:
+            log.info("Cache: %s.", self.cache)
 
     def _open(self) -> None:
         if self._closed:
@@ -228,14 +223,14 @@ class Loader:
         self._stream = torch.cuda.Stream(self._device) if on_device else None
         if settings.cache != "none":
             place = str(self._device) if on_device else "cpu"
-            self._cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
-        encoded = on_gpu and self._cache is None
+            self.cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
+        encoded = on_gpu and self.cache is None
         upload = self._upload if on_device else None
-        self._source = self._open_source(self._cache, upload, encoded, whole=on_gpu and not encoded)
+        self._source = self._open_source(self.cache, upload, encoded, whole=on_gpu and not encoded)
         size, count = self._plan.batch_size, _GRAPHS["gpu" if on_gpu else "cpu"]
         amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
         if on_gpu:
-            self._parts = _GPU_PARTS if self._cache is None else 1
+            self._parts = _GPU_PARTS if self.cache is None else 1
             rows = self._windows.to_dict("records")
             self._uses = Uses.of(rows, self._pipeline_settings, self._plan.augment, encoded)
         else:

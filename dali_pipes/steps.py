@@ -69,7 +69,7 @@ class HostSteps:
             picture = cv2.LUT(equalised, tone(_BYTES, named))
         else:
             picture = look_up(values, tone(grey, named))
-        picture = warp(low_pass(picture, named["antialias"]), matrix, settings.height, settings.width, grid, named)
+        picture = warp(blur(picture, named["antialias"]), matrix, settings.height, settings.width, grid, named)
         picture = sharpen(blur(picture, named["blur"]), named["sharpen"])
         return cut_holes(add_noise(picture, self._bank, named), holes)[..., None]
 
@@ -121,11 +121,6 @@ def tone(grey: Grey, numbers: Numbers) -> Grey:
         return grey
     raised = np.power(grey, np.float32(gamma)) if gamma != 1 else grey
     return np.clip(raised * np.float32(contrast) + np.float32(0.5 - 0.5 * contrast + brightness), 0, 1)
-
-
-def low_pass(picture: Grey, sigma: float) -> Grey:
-    """A Gaussian of `sigma` level pixels, against aliasing in a warp that shrinks."""
-    return _gaussian(picture, sigma) if sigma > 0 else picture
 
 
 def warp(
@@ -207,7 +202,7 @@ def lookup_maps(
 
 
 def blur(picture: Grey, sigma: float) -> Grey:
-    """A Gaussian of `sigma` output pixels, 0 for none."""
+    """A Gaussian of `sigma` pixels, 0 for none."""
     return _gaussian(picture, sigma) if sigma > 0 else picture
 
 
@@ -244,13 +239,8 @@ def noise_bank(height: int, width: int) -> Grey:
     return rng.standard_normal((height + NOISE_PLACES, width + NOISE_PLACES), np.float32)
 
 
-def gaussian_window(sigma: float) -> int:
-    """Taps of the Gaussian's kernel: three standard deviations to either side, as DALI takes."""
-    return 2 * math.ceil(3 * sigma) + 1
-
-
 def _gaussian(picture: Grey, sigma: float) -> Any:
-    taps = gaussian_window(sigma)
+    taps = 2 * math.ceil(3 * sigma) + 1  # three standard deviations to either side, as DALI takes
     return cv2.GaussianBlur(picture, (taps, taps), sigma, borderType=cv2.BORDER_REFLECT_101)
 
 

@@ -33,7 +33,8 @@ def draw(demo: Path) -> list[Path]:
     """Draw all pictures; returns their paths."""
     store = demo / "store"
     with tempfile.TemporaryDirectory() as scratch:
-        crops = cv2.imread(str(draw_gallery(store, Path(scratch) / "crops.png", count=24)))
+        pictures = demo / "data" / "train_images"
+        crops = cv2.imread(str(draw_gallery(store, Path(scratch) / "crops.png", pictures, count=24)))
         sheet = cv2.imread(str(draw_sheet(open_store(store), Path(scratch) / "sheet.png", images=3, variants=4)))
     assert crops is not None
     assert sheet is not None

@@ -14,7 +14,6 @@ docs/crop.md has what it keeps and drops.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -213,19 +212,12 @@ def _pieces(mask: Mask, edge: Mask) -> Mask:
     tissue = ~plates if not plates.all() else plates
     largest = areas[tissue].max()
     wanted = 1 + np.flatnonzero(tissue & (areas >= _PART_SHARE * largest))
-    found = _labelled(labels, count, wanted)
+    found = np.isin(labels, wanted)
     near = cv2.distanceTransform((~found).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5) <= _FAINT_REACH
     clean = cv2.morphologyEx(edge.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     around = np.asarray(clean, bool) & near
-    count, labels = cv2.connectedComponents((around | found).astype(np.uint8))
-    return _labelled(labels, count, labels[found])
-
-
-def _labelled(labels: NDArray[Any], count: int, wanted: NDArray[Any]) -> Mask:
-    """Where `labels`, which are below `count`, are among those wanted."""
-    chosen = np.zeros(count, bool)
-    chosen[wanted] = True
-    return chosen[labels]
+    _, labels = cv2.connectedComponents((around | found).astype(np.uint8))
+    return np.isin(labels, labels[found])
 
 
 def _reach_over_strips(mask: Mask, field: tuple[slice, slice]) -> Mask:

@@ -37,7 +37,7 @@ from preprocessing.manifest import (
     write_rejected,
 )
 from preprocessing.progress import Progress, Report
-from preprocessing.settings import ConvertSettings
+from preprocessing.settings import ConvertSettings, as_text
 from preprocessing.table import Source
 
 log = logging.getLogger(__name__)
@@ -136,15 +136,13 @@ def convert(
     _claim(out)
     with locked(out):
         _settle(out, settings)
-        _require_as_much(out, listed, csv is not None, repair)
-        (out / ".images").write_text(str(images), encoding="utf-8")  # for the gallery; no part of the store
+        left_out = _require_as_much(out, listed, csv is not None, repair)
         with Journal(out / "journal.jsonl") as journal:
             run = _Run(images, out, settings, listed, csv is not None, journal, progress)
+            run.summary.left_out = left_out
             if repair:
-                run.damaged = _damaged(out)
-                run.compares = not (
-                    out / "manifest.parquet"
-                ).is_file()  # which a run that was cut short has not written
+                run.compares = not (out / "manifest.parquet").is_file()  # a run that was cut short has written none
+                run.damaged = set() if run.compares else {problem.image_id for problem in verify(open_store(out))}
             run.convert(workers, scheduler)
             return run.finish()
 
@@ -184,7 +182,7 @@ class _Run:
         self._images, self._out, self._settings = images, out, settings
         self._table, self._from_csv = listed, from_csv
         self._journal, self._progress = journal, progress
-        self._summary = ConvertSummary(out)
+        self.summary = ConvertSummary(out)
         self._done = self._rejected = 0
         self._start = time.perf_counter()
 
@@ -215,11 +213,11 @@ class _Run:
             if "facts" in entry:
                 patients.append(table.text(source.columns, "patient_id") or entry["facts"]["patient_id"])
                 kept.append(position)
+        # In Arrow, for ten million of them.
         identifiers = self._table["image_id"].iloc[kept]
         keys = pa.table({"patient": pa.array(patients, pa.string()), "image": pa.array(identifiers, pa.string())})
         keys = keys.append_column("position", pa.array(kept, pa.int64()))
         order = keys.sort_by([("patient", "ascending"), ("image", "ascending")])["position"].to_numpy()
-        self._summary.left_out = len(self._had() - set(self._table["image_id"]))
         known = set(schema(self._settings.levels, {}).names)
         extra = table.extra_columns(self._table, known) if self._from_csv else {}
         if self._from_csv and (ours := known & set(self._table.columns) - set(table.KNOWN)):
@@ -227,17 +225,10 @@ class _Run:
         ordered = self._table.iloc[order]
         write_manifest(self._out, self._rows(ordered, extra), self._settings.levels, extra)
         write_rejected(self._out, self._rejections())
-        self._summary.images = len(kept)
-        self._summary.rejected = sum(self._summary.by_reason.values())
-        self._summary.seconds = time.perf_counter() - self._start
-        return self._summary
-
-    def _had(self) -> set[str]:
-        """The image_ids of the manifest that is about to be replaced."""
-        try:
-            return set(pq.read_table(self._out / "manifest.parquet", columns=["image_id"])["image_id"].to_pylist())
-        except (OSError, KeyError, ValueError, pa.ArrowException):  # none yet, or a damaged one
-            return set()
+        self.summary.images = len(kept)
+        self.summary.rejected = sum(self.summary.by_reason.values())
+        self.summary.seconds = time.perf_counter() - self._start
+        return self.summary
 
     def _sources(self, listed: pd.DataFrame | None = None) -> Iterator[Source]:
         return table.sources(self._images, self._table if listed is None else listed, self._from_csv)
@@ -246,7 +237,7 @@ class _Run:
         for source in self._sources():
             entry = self._journal.find(source.image_id)
             if entry is not None and self._still_right(entry, source):
-                self._summary.unchanged += "facts" in entry
+                self.summary.unchanged += "facts" in entry
                 self._tell(source.image_id, 0, "rejected" in entry)
             else:
                 yield ingest.Job(self._images, self._out, self._settings, source)
@@ -278,18 +269,18 @@ class _Run:
         """Add an outcome to the summary and to the progress, or take it back."""
         if "facts" in entry:
             name = syntax_name(entry["facts"].get("transfer_syntax", "")) or entry["facts"]["format"]
-            self._summary.converted += by
-            self._summary.on_gpu += by * (entry["facts"]["decoder"] == gpu_decode.NAME)
-            self._summary.by_syntax[name] += by
-            self._summary.seconds_by_syntax[name] += seconds
+            self.summary.converted += by
+            self.summary.on_gpu += by * (entry["facts"]["decoder"] == gpu_decode.NAME)
+            self.summary.by_syntax[name] += by
+            self.summary.seconds_by_syntax[name] += seconds
         self._tell(entry["image_id"], max(0, entry["size"]), "rejected" in entry, by)
 
     def _tell(self, current: str, size: int, rejected: bool, by: int = 1) -> None:
         self._done += by
         self._rejected += by * rejected
-        self._summary.bytes += by * size
+        self.summary.bytes += by * size
         if self._progress and by > 0:
-            self._progress(Progress(self._done, len(self._table), self._rejected, self._summary.bytes, current))
+            self._progress(Progress(self._done, len(self._table), self._rejected, self.summary.bytes, current))
 
     def _entry(self, source: Source) -> Entry:
         entry = self._journal.find(source.image_id)
@@ -309,7 +300,7 @@ class _Run:
             entry = self._entry(source)
             if "rejected" in entry:
                 reason, detail = entry["rejected"]
-                self._summary.by_reason[reason] += 1
+                self.summary.by_reason[reason] += 1
                 yield {
                     "image_id": source.image_id,
                     "patient_id": table.text(source.columns, "patient_id"),
@@ -342,15 +333,15 @@ def _require_some(images: Path, csv: Path, listed: pd.DataFrame) -> None:
     )
 
 
-def _require_as_much(out: Path, listed: pd.DataFrame, from_csv: bool, repair: bool) -> None:
+def _require_as_much(out: Path, listed: pd.DataFrame, from_csv: bool, repair: bool) -> int:
     """A call that left the table out would take all labels from a store that has some, and a repair with another table
-    than the store's would take its pictures."""
+    than the store's would take its pictures. How many pictures of the store this one does not name."""
     try:
         had = pq.read_table(out / "manifest.parquet", columns=["image_id", "cancer"]).to_pandas()
     except (OSError, ValueError, pa.ArrowException):  # none yet, or a damaged one
-        return
+        return 0
     if not {"image_id", "cancer"} <= set(had):
-        return
+        return 0
     if had["cancer"].notna().any() and "cancer" not in listed:
         given = "the one given has no column cancer" if from_csv else "none is given"
         raise InputError(
@@ -363,6 +354,7 @@ def _require_as_much(out: Path, listed: pd.DataFrame, from_csv: bool, repair: bo
             f"{out}: --repair, but {len(lacking)} of its {len(had)} pictures (such as {lacking.iloc[0]}) are not among "
             "those given. Give the folder and the table that it was made from with --images and --csv."
         )
+    return len(lacking)
 
 
 def _claim(out: Path) -> None:
@@ -393,7 +385,7 @@ def _settle(out: Path, settings: ConvertSettings) -> None:
             had, wanted = getattr(made, name), getattr(settings, name)
             if had != wanted and name not in _FREE:
                 raise StoreError(
-                    f"{out}: made with {name} = {_plain(had)}, now {_plain(wanted)} is asked for. "
+                    f"{out}: made with {name} = {as_text(had)}, now {as_text(wanted)} is asked for. "
                     "Give the same settings, or another folder with --out."
                 )
     try:
@@ -412,16 +404,6 @@ def _clear(scratch: Path) -> None:
     """Drop what crashed or killed workers left."""
     for left in scratch.iterdir():
         left.unlink()
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _damaged(out: Path) -> set[str]:
-    if not (out / "manifest.parquet").is_file():
-        return set()
-    return {problem.image_id for problem in verify(open_store(out))}
 
 
 def _check_tiles(root: Path, cells: tuple[Any, ...]) -> list[Problem]:

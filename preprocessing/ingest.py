@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import string
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -21,20 +21,7 @@ from preprocessing.manifest import COLUMNS, LEVEL_COLUMNS, level_column
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source, laterality, number, stem, text
 
-_SAFE = frozenset(string.ascii_letters + string.digits + "._-")
 _LONGEST_NAME = 120  # characters of a file name made from an id; file systems allow 255 bytes
-
-
-class Prepared(NamedTuple):
-    """A picture as the store would hold it.
-
-    Attributes:
-        levels: uint16 [rows, columns] by level, largest first; levels of equal size are the same array.
-        row: the picture's manifest row, without its tiles' `path` and `crc32`.
-    """
-
-    levels: dict[str, tiles.Level]
-    row: dict[str, Any]
 
 
 class WriteError(Exception):
@@ -56,23 +43,6 @@ class Job:
         return f"Job({self.source.image_id!r})"
 
 
-def prepare(path: Path, row: Mapping[str, Any], settings: ConvertSettings) -> Prepared:
-    """A file's levels and manifest row, exactly as a store of these settings would hold them. Nothing is written.
-
-    Args:
-        path: DICOM, PNG, JPEG or TIFF.
-        row: the source CSV's row (text or numbers), or {}: what it lacks comes from the file's tags.
-
-    Raises:
-        Rejection: the file cannot be used; `reason` says why.
-    """
-    levels, facts = _levels_and_facts(path, row, settings)
-    described = manifest_row(row, facts, text(row, "image_id") or stem(path.name))
-    for name, level in levels.items():
-        described[level_column("height", name)], described[level_column("width", name)] = level.shape
-    return Prepared(levels, described)
-
-
 @dataclass(frozen=True)
 class Staged:
     """A converted file that `settle` has not yet made last: its journal entry, and the tiles' temporary files by the
@@ -82,21 +52,12 @@ class Staged:
     files: dict[Path, Path] = field(default_factory=dict, repr=False)  # their names differ from try to try
 
 
-def ingest(job: Job) -> dict[str, Any]:
-    """Convert one file into the store.
+def stage(job: Job) -> Staged:
+    """Convert one file: everything that costs a core; what is left is to wait for the disk.
 
     Returns:
         Its journal entry: `image_id`, what tells whether its source has changed, and either `facts` and `tiles` or
-        `rejected` (reason and detail).
-
-    Raises:
-        WriteError: the store cannot be written.
-    """
-    return settle(stage(job))
-
-
-def stage(job: Job) -> Staged:
-    """Everything of `ingest` that costs a core: what is left is to wait for the disk.
+        `rejected` (reason and detail); and the tiles to settle.
 
     Raises:
         WriteError: the store cannot be written.
@@ -177,7 +138,7 @@ def manifest_row(columns: Mapping[str, Any], facts: Mapping[str, Any], image_id:
 def safe_name(identifier: str) -> str:
     """An id as a file name: letters, digits, '.', '_' and '-' stay, all else is percent-encoded; never '.', '..',
     hidden, empty or too long, and different for different ids."""
-    name = "".join(c if c in _SAFE else "".join(f"%{byte:02X}" for byte in c.encode()) for c in identifier)
+    name = quote(identifier, safe="").replace("~", "%7E")
     if name.startswith("."):
         name = "%2E" + name[1:]
     if len(name) > _LONGEST_NAME:

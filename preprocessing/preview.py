@@ -22,13 +22,13 @@ _BOX = (0, 210, 255)  # blue, green, red
 _TEXT, _FAINT = (235, 235, 235), (150, 150, 150)
 
 
-def draw_gallery(store: str | Path, png: str | Path, images: str | Path | None = None, count: int = 48) -> Path:
+def draw_gallery(store: str | Path, png: str | Path, images: str | Path, count: int = 48) -> Path:
     """Draw a sheet of up to `count` pictures of a store: the smallest and largest crops, and others evenly between.
 
     Args:
         store: made by `convert`.
         png: the sheet to write.
-        images: folder of the source pictures; without it the one that the store was last converted from.
+        images: folder of the source pictures.
         count: pictures on the sheet.
 
     Returns:
@@ -38,8 +38,7 @@ def draw_gallery(store: str | Path, png: str | Path, images: str | Path | None =
         StoreError: there is no finished store.
         InputError: the source pictures are not there any more, or the sheet cannot be written.
     """
-    opened, png = open_store(store), Path(png)
-    folder = Path(images) if images is not None else _source_folder(opened)
+    opened, png, folder = open_store(store), Path(png), Path(images)
     if not folder.is_dir():
         raise InputError(f"{folder}: the folder of source pictures is not there; the gallery is drawn from them.")
     rows = _chosen(opened.manifest, count)
@@ -58,15 +57,6 @@ def draw_gallery(store: str | Path, png: str | Path, images: str | Path | None =
     except OSError as error:
         raise InputError(f"{png}: cannot be written: {error.strerror}.") from None
     return png
-
-
-def _source_folder(store: Store) -> Path:
-    try:
-        return Path((store.root / ".images").read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"{store.root}: does not say where its source pictures lie; run convert again with --preview."
-        ) from None
 
 
 def _chosen(manifest: pd.DataFrame, count: int) -> pd.DataFrame:

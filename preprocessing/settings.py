@@ -66,9 +66,10 @@ class ConvertSettings(BaseModel):
         for name in DECISIVE:
             here, there = getattr(self, name), getattr(other, name)
             if here != there:
-                return name, _plain(here), _plain(there)
+                return name, as_text(here), as_text(there)
         return None
 
 
-def _plain(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A setting's value, as the command line takes it."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

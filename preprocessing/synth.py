@@ -12,10 +12,8 @@ Every patient has one machine, a breast density, and perhaps one breast with can
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,10 +79,8 @@ def synthesize(
     size: Size = "small",
     contrast: float = 1.0,
     *,
-    shuffle_labels: bool = False,
     positive_rate: float = 0.5,
     test_patients: int | None = None,
-    workers: int = 1,
     progress: Report | None = None,
 ) -> SynthSummary:
     """Write a synthetic data set; the same arguments give the same bytes.
@@ -95,10 +91,8 @@ def synthesize(
         seed: of everything.
         size: 'small' is 640 by 512 pixels, 'full' 3328 by 2560.
         contrast: of the lesions; 1 is easy to learn, 0 cannot be learned.
-        shuffle_labels: deal the labels out among the patients anew after drawing: nothing is left to learn.
         positive_rate: share of patients with cancer, in one breast.
         test_patients: patients of the test set; without it a quarter of `patients`, two at least.
-        workers: processes that draw.
         progress: called after every image.
 
     Raises:
@@ -110,7 +104,7 @@ def synthesize(
     _check(out, patients, test_patients, contrast, positive_rate)
     settings = {
         "version": SYNTH_VERSION, "patients": patients, "test_patients": test_patients, "seed": seed, "size": size,
-        "contrast": contrast, "shuffle_labels": shuffle_labels, "positive_rate": positive_rate,
+        "contrast": contrast, "positive_rate": positive_rate,
     }  # fmt: skip
     for name in _FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
@@ -121,8 +115,8 @@ def synthesize(
 
     pictures = list(plan(patients, test_patients, seed, size, contrast, positive_rate))
     lesions = []
-    for done, found in enumerate(_draw_all(pictures, out, workers), start=1):
-        lesions += found
+    for done, picture in enumerate(pictures, start=1):
+        lesions += _draw(picture, out)
         if progress is not None:
             progress(Progress(done, len(pictures)))
     _write_table(out / "lesions.csv", pd.DataFrame(lesions, columns=list(_LESION_COLUMNS)))
@@ -132,8 +126,6 @@ def synthesize(
         )
         for split in ("train", "test")
     }
-    if shuffle_labels:
-        tables["train"] = _shuffled(tables["train"], seed)
     _write_table(out / "test.csv", tables["test"][list(TEST_COLUMNS)])
     _write_table(out / "train.csv", tables["train"][list(TRAIN_COLUMNS)])  # last: where it is, everything is
     return SynthSummary(out, patients, len(tables["train"]), int(tables["train"]["cancer"].sum()), len(tables["test"]))
@@ -257,15 +249,6 @@ def _birads(machine: Machine, cancer: bool, difficult: bool) -> int | str:
     return 0 if cancer else 2 if difficult else 1
 
 
-def _draw_all(pictures: list[Picture], out: Path, workers: int) -> Iterator[list[dict[str, Any]]]:
-    """Draw every picture, in order; yields the rows of its lesions."""
-    if workers <= 1:
-        yield from (_draw(picture, out) for picture in pictures)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_draw, pictures, [out] * len(pictures), chunksize=4)
-
-
 def _draw(picture: Picture, out: Path) -> list[dict[str, Any]]:
     exposure, machine = picture.exposure, picture.machine
     key = int(generator(exposure.seed, "image", exposure.image_id).integers(2**31))
@@ -290,15 +273,6 @@ def _margins(exposure: Exposure, shape: tuple[int, ...]) -> tuple[int, int, int,
     above, below = (int(shape[0] * rng.uniform(0.004, 0.02)) for _ in range(2))
     beside = int(shape[1] * rng.uniform(0.02, 0.08))
     return (above, below, 0, beside) if exposure.laterality == "L" else (above, below, beside, 0)
-
-
-def _shuffled(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The labels of each patient given to another one, breast by breast."""
-    sides = table.groupby(["patient_id", "laterality"])["cancer"].max().unstack(fill_value=0)
-    dealt = sides.set_axis(generator(seed, "shuffle").permutation(sides.index.to_numpy()), axis="index")
-    flat = dealt.stack().to_dict()
-    labels = [int(flat[key]) for key in zip(table["patient_id"], table["laterality"], strict=True)]
-    return table.assign(cancer=labels, biopsy=labels, invasive=labels)
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:

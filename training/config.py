@@ -245,11 +245,6 @@ def checked(model: type[_Model], values: dict[str, Any], where: str, overrides: 
         raise ConfigError(f"{where}: {_explain(error, model)}") from None
 
 
-def validate(tree: dict[str, Any], where: str) -> Config:
-    """The tree as a `Config`; `where` is named in the `ConfigError` of the first wrong value."""
-    return checked(Config, tree, where)
-
-
 def dump(config: Config) -> str:
     """The resolved tree as YAML, as it is saved with a run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -126,10 +126,6 @@ class TrainingMonitor:
         finally:
             self._seconds[phase] += time.perf_counter() - start
 
-    def resources(self) -> dict[str, Any]:
-        """The latest sample; empty before the first."""
-        return dict(self._latest)
-
     def line(self) -> str:
         """The latest sample in a few words, for the screen: cores, RAM, and each GPU's utilisation and memory."""
         sample = self._latest
@@ -182,17 +178,13 @@ class TrainingMonitor:
 
     def _take(self) -> None:
         try:
-            sample = self._sample()
+            sample: dict[str, Any] = {**self._counters.read()}
         except psutil.Error:  # the process tree changed under the reader
             return
+        sample |= {f"gpu{index}": figures for index, figures in enumerate(self._gpus.read())}
         self._latest = sample
         self._count(sample)
         self.log("resources", sample)
-
-    def _sample(self) -> dict[str, Any]:
-        sample = self._counters.read()
-        gpus = self._gpus.read()
-        return {**sample, **{f"gpu{index}": figures for index, figures in enumerate(gpus)}}
 
     def _count(self, sample: Mapping[str, Any]) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ from preprocessing.errors import ConfigError, RunError
 from preprocessing.files import claimed, write_atomically
 from preprocessing.manifest import Store
 from training import run_files
-from training.config import Config, dump, validate
+from training.config import Config, checked, dump
 from training.run_files import Environment
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class FoldRun:
         """The configuration that it was trained with."""
         # Not load_config: debug mode would lay its values over the saved ones again.
         path = self.folder / CONFIG
-        return validate(run_files.read_config(path), where=str(path))
+        return checked(Config, run_files.read_config(path), where=str(path))
 
     @cached_property
     def environment(self) -> Environment:

@@ -115,7 +115,7 @@ def test_a_level_shifted_out_of_the_output_leaves_it_black():
 def test_a_warp_that_shrinks_does_not_alias():
     stripes = np.tile(np.array([0, 1], np.float32), (256, 128))  # the finest there are: nothing of them may be left
     matrix = output_to_level(256, 256, 64, 64, Draw(angle=3), False).astype(np.float32)
-    filtered = steps.warp(steps.low_pass(stripes, 1.5), matrix, 64, 64, NO_GRID, numbers())[8:-8, 8:-8]
+    filtered = steps.warp(steps.blur(stripes, 1.5), matrix, 64, 64, NO_GRID, numbers())[8:-8, 8:-8]
     bare = steps.warp(stripes, matrix, 64, 64, NO_GRID, numbers())[8:-8, 8:-8]
     assert np.abs(filtered - 0.5).max() < 0.02
     assert np.abs(bare - 0.5).max() > 0.2

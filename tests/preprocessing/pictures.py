@@ -45,5 +45,5 @@ def digest(store: Path) -> dict[str, str]:
     return {
         path.relative_to(store).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(store.rglob("*"))
-        if path.is_file() and path.name not in {"journal.jsonl", ".lock", ".images"}
+        if path.is_file() and path.name not in {"journal.jsonl", ".lock"}
     }

@@ -19,10 +19,15 @@ from preprocessing.guard import Rejection
 from preprocessing.manifest import COLUMNS, level_column, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
-from preprocessing.table import Source
+from preprocessing.table import Source, stem, text
 from tests.preprocessing.pictures import data_set, picture, write_png
 
 SETTINGS = ConvertSettings(levels=("full", "256", "128"), timeout_s=30)
+
+
+def prepared(path, row, settings=SETTINGS):
+    levels, facts = ingest._levels_and_facts(path, row, settings)
+    return levels, ingest.manifest_row(row, facts, text(row, "image_id") or stem(path.name))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +44,9 @@ def test_what_prepare_gives_is_what_a_store_of_the_same_settings_holds(synthetic
     assert len(store.manifest) >= 6
     for kept in store.manifest.to_dict("records"):
         source = synthetic / "train_images" / kept["source_path"]
-        levels, row = ingest.prepare(source, table.loc[int(kept["image_id"])].to_dict(), SETTINGS)
+        levels, row = prepared(source, table.loc[int(kept["image_id"])].to_dict(), SETTINGS)
         for name, level in levels.items():
             assert np.array_equal(level, tiles.read_level(store.root / kept[level_column("path", name)]))
-            assert level.shape == (row[level_column("height", name)], row[level_column("width", name)])
         for column in set(COLUMNS) - {"source_path"}:
             ours, theirs = row[column], kept[column]
             if isinstance(ours, (list, tuple)):
@@ -59,7 +63,7 @@ def test_without_a_row_the_tags_and_the_name_speak(synthetic: Path) -> None:
     table = pd.read_csv(synthetic / "train.csv", dtype=str)
     for line in table.to_dict("records"):
         path = synthetic / "train_images" / line["patient_id"] / f"{line['image_id']}.dcm"
-        row = ingest.prepare(path, {}, SETTINGS).row
+        row = prepared(path, {})[1]
         assert (row["image_id"], row["laterality"], row["view"]) == (
             line["image_id"], line["laterality"], line["view"],
         )  # fmt: skip
@@ -70,13 +74,13 @@ def test_without_a_row_the_tags_and_the_name_speak(synthetic: Path) -> None:
 
 def test_the_csv_wins_over_the_tags(synthetic: Path) -> None:
     path = next((synthetic / "train_images").rglob("*.dcm"))
-    row = ingest.prepare(path, {"patient_id": 7, "laterality": "left", "view": "at", "age": 33}, SETTINGS).row
+    row = prepared(path, {"patient_id": 7, "laterality": "left", "view": "at", "age": 33})[1]
     assert (row["patient_id"], row["laterality"], row["view"], row["age"]) == ("7", "L", "AT", 33)
 
 
 def test_the_percentiles_are_those_of_the_breast(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", 3)
-    row = ingest.prepare(tmp_path / "a.png", {}, SETTINGS).row
+    row = prepared(tmp_path / "a.png", {})[1]
     source = picture(3)
     breast = source[source >= 900]
     mask = find_breast(source).mask
@@ -88,7 +92,7 @@ def test_the_percentiles_are_those_of_the_breast(tmp_path: Path) -> None:
 
 def test_a_crop_that_is_not_wanted_is_not_made(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", 3)
-    levels, row = ingest.prepare(tmp_path / "a.png", {}, SETTINGS.model_copy(update={"crop": False}))
+    levels, row = prepared(tmp_path / "a.png", {}, SETTINGS.model_copy(update={"crop": False}))
     assert np.array_equal(levels["full"], picture(3))
     assert (row["crop_top"], row["crop_left"]) == (0, 0)
     assert (row["crop_height"], row["crop_width"]) == picture(3).shape
@@ -97,7 +101,7 @@ def test_a_crop_that_is_not_wanted_is_not_made(tmp_path: Path) -> None:
 def test_prepare_rejects_what_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "a.dcm").write_bytes(b"")
     with pytest.raises(Rejection) as caught:
-        ingest.prepare(tmp_path / "a.dcm", {}, SETTINGS)
+        prepared(tmp_path / "a.dcm", {}, SETTINGS)
     assert caught.value.reason == "empty"
 
 
@@ -107,7 +111,7 @@ def test_a_fault_of_ours_costs_one_file_and_quotes_nothing(tmp_path: Path, monke
 
     images, _ = data_set(tmp_path, 4)
     monkeypatch.setattr(ingest, "find_breast", broken)
-    entry = ingest.ingest(ingest.Job(images, tmp_path, SETTINGS, Source("1000", "500/1000.png")))
+    entry = ingest.settle(ingest.stage(ingest.Job(images, tmp_path, SETTINGS, Source("1000", "500/1000.png"))))
     reason, detail = entry["rejected"]
     assert reason == "internal"
     assert "KeyError in test_ingest.py" in detail
@@ -131,7 +135,7 @@ def test_a_file_done_again_reads_as_its_first_try_though_its_age_is_unknown(tmp_
 def test_two_pictures_of_a_patient_share_a_pseudonym_that_is_not_the_id(synthetic: Path) -> None:
     by_patient: dict[str, set[str]] = {}
     for path in (synthetic / "train_images").rglob("*.dcm"):
-        by_patient.setdefault(path.parent.name, set()).add(ingest.prepare(path, {}, SETTINGS).row["patient_id"])
+        by_patient.setdefault(path.parent.name, set()).add(prepared(path, {})[1]["patient_id"])
     assert all(len(names) == 1 for names in by_patient.values())
     assert len({name for names in by_patient.values() for name in names}) == len(by_patient)
     assert not {name for names in by_patient.values() for name in names} & set(by_patient)

@@ -20,7 +20,7 @@ def test_the_sheet_draws_every_picture_and_its_box(tmp_path: Path) -> None:
     images, csv = data_set(tmp_path, 4)
     store = tmp_path / "store"
     convert(images, csv, store, ConvertSettings(levels=("64",)), workers=1)
-    sheet = cv2.imread(str(draw_gallery(store, tmp_path / "made" / "crops.png")))
+    sheet = cv2.imread(str(draw_gallery(store, tmp_path / "made" / "crops.png", images)))
     assert sheet is not None
     cells = np.split(sheet, 4, axis=1)
     for cell in cells:
@@ -29,4 +29,4 @@ def test_the_sheet_draws_every_picture_and_its_box(tmp_path: Path) -> None:
         assert cell[boxed == 0].std() > 10, "and a picture under it"
     shutil.rmtree(images)
     with pytest.raises(InputError, match="the folder of source pictures is not there"):
-        draw_gallery(store, tmp_path / "again.png")
+        draw_gallery(store, tmp_path / "again.png", images)

@@ -114,7 +114,7 @@ class PipelineSettings(_Settings):
 
 
 class LoaderSettings(_Settings):
-    """How samples are drawn and delivered. None of it changes how a picture looks."""
+    """How samples are drawn and delivered. None of it changes how a picture looks, but for the rounding of a device."""
 
     batch_size: int = Field(default=8, ge=1, le=4096, description="Training samples a step and rank.")
     val_batch_size: int = Field(default=32, ge=1, le=4096, description="Validation and prediction samples a step.")

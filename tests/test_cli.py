@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
+from preprocessing.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -52,6 +54,25 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     assert call("folds", "--store", root / "store", *TINY, "-q").exit_code == 0
     return root
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "expected"),
+    [("--images", None, "PASSIVE"), ("--images", "ACTIVE", "ACTIVE"), ("--store", None, None)],
+)
+def test_predicting_from_files_has_torchs_threads_sleep_between_layers(monkeypatch, tmp_path, given, there, expected):
+    seen = []
+
+    def stop(*_, **__):
+        seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        raise InputError("enough")
+
+    monkeypatch.setattr("training.predict.predict", stop)
+    monkeypatch.setenv("OMP_WAIT_POLICY", there or "")
+    if there is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert "enough" in fails("predict", given, tmp_path, "--out", tmp_path / "s.csv")
+    assert seen == [expected]
 
 
 def test_import_cli_loads_neither_torch_nor_dali():

@@ -17,6 +17,11 @@ _MORE_DATA: Mapping[Job, str] = {
     "predict": "give it more cores; raw files that are predicted more than once had better be converted (--store)",
     "convert": "give it more cores, or machines with --scheduler",
 }
+_IDLE_GPU: Mapping[Job, str] = {
+    "train": "a larger batch, model.compile=true or data.loader.steps_on=cpu",
+    "predict": "a larger --batch-size",
+    "convert": "more cores",
+}
 _ALL_CORES: Mapping[Job, str] = {
     "train": "a smaller picture or model, or a GPU, makes it faster",
     "predict": "more cores, or a GPU for the model, make it faster",
@@ -51,10 +56,7 @@ def advise(
     if shares.get("transfer", 0.0) > STARVING:
         return f"{shares['transfer']:.0%} of the time goes into copying batches to the device: a larger batch may help."
     if shares and utilisation is not None and utilisation < IDLE_GPU:
-        return (
-            "Data comes in time but the GPU idles between kernels: try a larger batch, model.compile=true or "
-            "data.loader.steps_on=cpu."
-        )
+        return f"Data comes in time but the GPU idles between kernels: try {_IDLE_GPU[job]}."
     if shares:
         return f"The model itself limits this run; only {waiting:.1%} of the time is spent waiting for data."
     if not means:

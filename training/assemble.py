@@ -128,7 +128,9 @@ def require_same_conversion(ensemble: Ensemble, store: Store) -> None:
 
 def _group(members: Sequence[tuple[int, FoldRun]], device: torch.device) -> Group:
     config = members[0][1].config
-    loader = config.data.loader.model_copy(update={"cache": "none", "max_bad_samples": _NO_LIMIT})
+    # What served training does not serve here: the cores have files to decode, and a picture is seen once.
+    here = {"steps_on": "auto", "cache": "none", "max_bad_samples": _NO_LIMIT}
+    loader = config.data.loader.model_copy(update=here)
     loaded = []
     for number, fold in members:
         model, described = runs.load_model(fold, device)

@@ -10,7 +10,7 @@ Vectors of different folds are of different models and not to be compared with o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -99,16 +99,17 @@ def extract(
 
     with ExitStack() as files, prediction_advice(ensemble.largest_batch, ensemble.longest_side):
         out.mkdir(parents=True, exist_ok=True)
-        opening = zip(found, paths, strict=True)
-        tables = [_Table(rows, fold, files.enter_context(replaced(path))) for fold, path in opening]
+        tables = []
+        for fold, path in zip(found, paths, strict=True):
+            file = files.enter_context(replaced(path))
+            tables.append(files.enter_context(_Table(rows, fold, file)))
         for group in ensemble.groups:
             faults |= _fill(tables, group, opened, rows, ensemble.device, tell, monitor or Untimed())
-        length = max(table.close() for table in tables)
-    return FeaturesSummary(tuple(paths), len(rows) - len(faults), length, tuple(faults.values()))
+    return FeaturesSummary(tuple(paths), len(rows) - len(faults), tables[0].length, tuple(faults.values()))
 
 
 class _Table:
-    """A fold's file as it grows.
+    """A fold's file as it grows; a context manager, at whose end the file is whole.
 
     Args:
         rows: the manifest's.
@@ -126,6 +127,22 @@ class _Table:
         self._waiting: tuple[NDArray[Any], ...] = ()
         self._count = 0
 
+    def __enter__(self) -> _Table:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None and (self._count or self._writer is None):
+            self._flush()
+        if self._writer is not None:
+            # What goes wrong already is what is told. Left open, the writer would end the file when it is gone itself.
+            with nullcontext() if kind is None else suppress(Exception):
+                self._writer.close()
+
+    @property
+    def length(self) -> int:
+        """Of the vectors."""
+        return self._waiting[-1].shape[1]
+
     def add(self, index: NDArray[np.int64], probability: NDArray[np.float32], features: NDArray[np.float32]) -> None:
         """Rows at positions [n], with probabilities [n] and features [n, F]."""
         columns = index, probability, features
@@ -139,14 +156,6 @@ class _Table:
             done, self._count = done + count, self._count + count
             if self._count == _ROW_GROUP:
                 self._flush()
-
-    def close(self) -> int:
-        """Write the rest and the file's end. Gives the vectors' length."""
-        if self._count or self._writer is None:
-            self._flush()
-        assert self._writer is not None
-        self._writer.close()
-        return self._waiting[-1].shape[1]
 
     def _flush(self) -> None:
         index, probability, features = (each[: self._count] for each in self._waiting)

@@ -119,7 +119,7 @@ def _metrics(run: Run) -> dict[str, Any]:
     saved: dict[str, Any] = {}
     if path.is_file():
         with suppress(RunError):  # it is made of what is there
-            saved = run_files.read_json(path)
+            saved = run_files.read_json(path, "It is made anew.")
     now, folds = evaluate.judged_from(run), saved.get("folds")
     there = [of for of in folds if isinstance(of, dict)] if isinstance(folds, list) else []
     if [{key: of.get(key) for key in now[0]} for of in there] == now:

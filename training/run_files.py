@@ -69,7 +69,9 @@ def read_environment(path: Path) -> Environment:
     Raises:
         RunError: it is missing, damaged, or of another version of this program.
     """
-    return checked_json(Environment, path, read_json(path), f"It is damaged, or of another version. {_WAY_OUT}")
+    return checked_json(
+        Environment, path, read_json(path, _WAY_OUT), f"It is damaged, or of another version. {_WAY_OUT}"
+    )
 
 
 def read_validation(path: Path, fold: int) -> pd.DataFrame:
@@ -129,7 +131,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path, way_out: str = _WAY_OUT) -> dict[str, Any]:
+def read_json(path: Path, way_out: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:

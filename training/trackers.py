@@ -99,7 +99,8 @@ def open_trackers(folder: Path, config: Config, step: int = 0) -> Sequence[Track
     trackers: list[Tracker] = []
     name, parameters = f"{folder.parent.name}-{folder.name}", flatten(config.model_dump(mode="json"))
     path = folder / "trackers.json"
-    known = run_files.read_json(path) if step and path.is_file() else {}
+    again = "Remove it, and the trackers begin another run."
+    known = run_files.read_json(path, again) if step and path.is_file() else {}
     named: dict[str, MLflowTracker | WandbTracker] = {}
     if config.monitor.mlflow:
         named["mlflow"] = MLflowTracker(name, parameters, known.get("mlflow"))

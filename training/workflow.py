@@ -135,7 +135,7 @@ def run_all(job: Job, console: Console) -> Outcome:
         "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
     )
     files |= {"report": job.report, "metrics": metrics, "store": job.store, "runs": job.run}
-    headline = evaluation.headline(run_files.read_json(metrics))
+    headline = evaluation.headline(run_files.read_json(metrics, "Remove it, and it is made anew."))
     return Outcome(
         headline=[{"": str(converted)}, *headline],
         files=files,
@@ -224,9 +224,9 @@ class Steps:
         self._stamps: dict[str, Any] = {}
         if stamps.is_file():
             try:
-                self._stamps = run_files.read_json(stamps)
+                self._stamps = run_files.read_json(stamps, "What the steps were made from is not known any more.")
             except RunError as error:
-                log.warning("%s What it was made from is not known any more.", error)
+                log.warning("%s", error)
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
 

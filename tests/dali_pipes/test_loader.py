@@ -281,6 +281,26 @@ def test_what_waits_for_an_epoch_that_was_left_is_not_prepared_any_more(store, m
         assert 4 <= asked.count(0) < 12
 
 
+def test_after_an_epoch_that_was_left_a_graph_takes_as_many_batches_as_before(store, monkeypatch):
+    go_on, sample = threading.Event(), Plan.sample
+
+    def slow(self, epoch, place):
+        if (epoch, place) == (0, 4):
+            assert go_on.wait(60)
+        return sample(self, epoch, place)
+
+    monkeypatch.setattr(Plan, "sample", slow)
+    settings = LoaderSettings(batch_size=1, threads=2, prefetch=4)
+    with Loader(store, store.manifest, PIPELINE, settings) as loader:
+        left = loader.epoch(0)
+        for _ in range(4):
+            next(left)
+        assert len(loader._underway) == 0  # the fifth is not ready
+        go_on.set()
+        next(loader.epoch(1))
+        assert len(loader._underway) >= 3  # and a fourth where it is ready
+
+
 def test_what_is_drawn_is_what_drawn_says(store):
     with Loader(store, store.manifest, PIPELINE, LoaderSettings(batch_size=3, positive_share=0.3)) as loader:
         labels = joined(list(loader.epoch(7)), "label")

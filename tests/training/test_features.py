@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from dali_pipes.loader import Loader
 from preprocessing.convert import convert
 from preprocessing.errors import RunError, StoreError
 from preprocessing.manifest import open_store
+from preprocessing.progress import Progress
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run
 from training import features, run_files, runs
@@ -101,6 +104,23 @@ def test_rows_are_written_in_groups(store: Path, tmp_path: Path, monkeypatch: py
     assert pq.read_table(grouped).equals(pq.read_table(whole))
     assert pq.read_metadata(grouped).num_row_groups == -(-len(open_store(store).manifest) // 6)
     assert pq.read_metadata(whole).num_row_groups == 1
+
+
+def test_an_extraction_that_is_left_leaves_nothing(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A writer that was left open would write to its closed file when it is collected, and say so."""
+    unraised = []
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    monkeypatch.setattr(features, "_ROW_GROUP", 4)
+
+    def left(state: Progress) -> None:
+        if state.done > 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(make_run(tmp_path / "run"), store, tmp_path / "out", device="cpu", batch_size=4, progress=left)
+    gc.collect()
+    assert unraised == []
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_store_of_damaged_pictures_gives_a_table_without_rows(store: Path, tmp_path: Path):

@@ -251,6 +251,7 @@ TIMED = {"data": 0.01, "compute": 0.99}
     ("shares", "means", "slowed", "job", "expected"),
     [
         (TIMED, {"gpu0.utilisation_mean": 40.0}, {}, "train", "the GPU idles between kernels"),
+        (TIMED, {"gpu0.utilisation_mean": 40.0}, {}, "predict", "kernels: try a larger --batch-size."),
         (TIMED, {"gpu0.utilisation_mean": 95.0}, {}, "train", "The model itself limits this run"),
         # Of several GPUs the busiest one is ours; the others' idling says nothing.
         (TIMED, {"gpu0.utilisation_mean": 0.0, "gpu1.utilisation_mean": 95.0}, {}, "train", "The model itself"),

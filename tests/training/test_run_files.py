@@ -78,13 +78,13 @@ def test_json_of_another_type_is_named(tmp_path: Path, content: bytes):
     path = tmp_path / "environment.json"
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"environment.json: not readable as a JSON object\. Restore"):
-        run_files.read_json(path)
+        run_files.read_json(path, "Restore it.")
 
 
 def test_json_that_is_not_there_is_told_apart_and_a_byte_order_mark_does_no_harm(tmp_path: Path):
     path = tmp_path / "environment.json"
     with pytest.raises(RunError, match=r"environment.json: no such file"):
-        run_files.read_json(path)
+        run_files.read_json(path, "Restore it.")
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"fold": 3, "gpu": "H100"}).encode())
     environment = run_files.read_environment(path)
     assert environment.fold == 3

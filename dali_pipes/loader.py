@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dali_pipes.cache import LevelCache, shared_cache
 from dali_pipes.feed import Uses, feed
+from dali_pipes.memory import give_back_freed_memory, keep_freed_memory
 from dali_pipes.mixing import mix_batch
 from dali_pipes.pipelines import host_pipeline, operator_pipeline
 from dali_pipes.plan import Mixing, Plan
@@ -170,6 +171,8 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
         self._resources.close()
+        if self._steps is not None:
+            give_back_freed_memory()
 
     def drawn(self, epoch: int, steps: int | None = None) -> dict[str, int]:
         """{"negative": n, "positive": n}: what an epoch, or its first steps, really give, over all ranks."""
@@ -235,6 +238,7 @@ class Loader:
             self._uses = Uses.of(rows, self._pipeline_settings, self._plan.augment, encoded)
         else:
             self._parts = size  # each thread takes the next sample, for some are quicker than others
+            keep_freed_memory()  # pictures and batches come and go
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
             self._steps = HostSteps(self._pipeline_settings)
         for graph in range(count):

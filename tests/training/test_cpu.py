@@ -11,33 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-FAULTS = """
-import resource, sys
-import torch
-from training.cpu import keep_freed_memory
-
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
-torch.set_num_threads(1)
-for _ in range(12):  # glibc splits what it aligns, and joins the rests after some rounds
-    torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-def test_freed_memory_is_not_asked_for_again():
-    """Blocks of 64 MiB: below 32 MiB glibc itself learns to keep them."""
-    assert 4 * faults("kept") < faults("given back")
-
-
 THREADS = """
 import torch
 from training.cpu import prepare_cpu

@@ -37,8 +37,7 @@ def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
         known.append(other)
         rows = other.manifest[other.manifest["cancer"].notna()]
         tiles = [level_column("path", level) for level in other.levels]
-        root = other.root.resolve()
-        parts.append(rows.assign(**{name: [str(root / path) for path in rows[name]] for name in tiles}))
+        parts.append(rows.assign(**{name: f"{other.root.resolve()}/" + rows[name] for name in tiles}))
     return pd.concat(parts, ignore_index=True) if parts else store.manifest.iloc[:0]
 
 

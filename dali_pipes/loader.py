@@ -238,7 +238,7 @@ class Loader:
             self._uses = Uses.of(rows, self._pipeline_settings, self._plan.augment, encoded)
         else:
             self._parts = size  # each thread takes the next sample, for some are quicker than others
-            keep_freed_memory()  # pictures and batches come and go
+            keep_freed_memory(for_good=False)  # pictures and batches come and go
             cv2.setNumThreads(1)  # samples run side by side; OpenCV's own threads would fight over the same cores
             self._steps = HostSteps(self._pipeline_settings)
         for graph in range(count):

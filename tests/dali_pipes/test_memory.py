@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+from dali_pipes import memory
 from tests.dali_pipes.stores import make_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,7 @@ def test_freed_memory_is_not_asked_for_again():
 
 RELEASED = """
 import sys
+import threading
 from pathlib import Path
 import psutil
 from dali_pipes.loader import Loader
@@ -72,3 +75,16 @@ def test_a_closed_loader_gives_its_memory_back(tmp_path):
     assert after_first < first - 150
     assert after_second < second - 150
     assert after_second < after_first + 100
+
+
+def test_what_is_kept_for_good_is_not_given_back(monkeypatch):
+    """A training's tensors lie where a loader's batches were."""
+    called = []
+    monkeypatch.setattr(memory, "_for_good", threading.Event())
+    monkeypatch.setattr(memory, "_function", lambda name: lambda *values: called.append(name) or 1)
+    assert memory.keep_freed_memory(for_good=False)
+    memory.give_back_freed_memory()
+    assert called[-1] == "malloc_trim"
+    assert memory.keep_freed_memory()
+    memory.give_back_freed_memory()
+    assert called[-1] == "mallopt"

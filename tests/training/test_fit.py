@@ -461,7 +461,7 @@ def test_a_finished_fold_whose_metric_was_no_number_can_be_looked_at_again(store
     config = fakes.small_config("train.epochs=1")
     done = fit.fit(config, store, 0, tmp_path / "run")
     path = tmp_path / "run" / "fold0" / runs.SUMMARY
-    run_files.write_json(path, run_files.read_json(path) | {"value": float("nan")})
+    run_files.write_json(path, run_files.read_json(path, "") | {"value": float("nan")})
     again = fit.fit(config, store, 0, tmp_path / "run", resume=True)
     assert "auroc nan" in str(again)
     assert done.epochs == again.epochs

@@ -6,7 +6,6 @@ Nothing heavy is imported here: a command imports what it needs when it is calle
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -345,14 +344,15 @@ def train(
     from training.config import load_config
     from training.workflow import train_folds
 
-    if extra_stores:
-        overrides = (*overrides, f"data.extra_stores={json.dumps([str(each) for each in extra_stores])}")
     if device:
         overrides = (*overrides, f"train.device={device}")
     if batch_size:
         name = "train.auto_batch=true" if batch_size == "auto" else f"data.loader.batch_size={batch_size}"
         overrides = (*overrides, name)
     config = load_config(config_source, overrides, debug)
+    if extra_stores:  # not through YAML, which has no way to write some of the names that a folder may have
+        data = config.data.model_copy(update={"extra_stores": tuple(map(str, extra_stores))})
+        config = config.model_copy(update={"data": data})
     with _console(ctx, out) as console:
         for summary in train_folds(config, store, _fold_numbers(fold), out, resume=resume, console=console):
             if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all

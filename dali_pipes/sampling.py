@@ -35,7 +35,8 @@ def row_weights(rows: pd.DataFrame, settings: LoaderSettings) -> NDArray[np.floa
         found = rows[column].tolist()[bad[0]]
         raise InputError(
             f"data.loader.weight_column = {column}: expected numbers above 0, found {found!r} for "
-            f"image {rows['image_id'].iloc[bad[0]]}. Mend the CSV and convert again."
+            f"image {rows['image_id'].iloc[bad[0]]}. Mend the CSV of its store and convert "
+            "again."
         )
     return weights
 

@@ -12,7 +12,8 @@ from preprocessing.manifest import Store, level_column, open_store
 
 
 def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
-    """Labelled rows of other stores, their tiles by absolute paths, so that a loader of `store` finds them.
+    """Labelled rows of other stores, their tiles by absolute paths, so that a loader of `store` finds them; their
+    `fold` is NaN.
 
     Args:
         store: the store that is trained on and validated.
@@ -20,8 +21,8 @@ def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
 
     Raises:
         StoreError: no store there, or one whose conversion prepared the pictures otherwise.
-        InputError: a picture or a patient that is in another one of them too, who would be trained on twice, or
-            trained on and validated.
+        InputError: a picture, a patient or an image_id that is in another one of them too: it would be trained on
+            twice, or trained on and validated, or taken for the other.
     """
     known, parts = [store], []
     for folder in extra:
@@ -37,7 +38,8 @@ def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
         known.append(other)
         rows = other.manifest[other.manifest["cancer"].notna()]
         tiles = [level_column("path", level) for level in other.levels]
-        parts.append(rows.assign(**{name: f"{other.root.resolve()}/" + rows[name] for name in tiles}))
+        paths = {name: f"{other.root.resolve()}/" + rows[name] for name in tiles}
+        parts.append(rows.assign(**paths, fold=float("nan")))
     return pd.concat(parts, ignore_index=True) if parts else store.manifest.iloc[:0]
 
 
@@ -54,10 +56,11 @@ def _require_apart(other: Store, store: Store) -> None:
             f"data.extra_stores: picture {twice['image_id'].iloc[0]} of {other.root} is in {store.root} too, as "
             f"{len(twice)} of it are. Leave that store out, or convert it from a table without them."
         )
-    both = rows[rows["patient_id"].isin(own["patient_id"])]
-    if len(both):
-        raise InputError(
-            f"data.extra_stores: patient {both['patient_id'].iloc[0]} is in {other.root} and in {store.root}, as "
-            f"{both['patient_id'].nunique()} are. Leave them out of one table, or give one table other patient ids if "
-            "they are not the same people; then convert it into another folder."
-        )
+    for column, what, same in (("patient_id", "patient", "people"), ("image_id", "image_id", "pictures")):
+        both = rows.loc[rows[column].isin(own[column]), column]
+        if len(both):
+            raise InputError(
+                f"data.extra_stores: {what} {both.iloc[0]} is in {other.root} and in {store.root}, as {both.nunique()} "
+                f"are. Leave them out of one table, or give one table other ids if they are not the same {same}; then "
+                "convert it into another folder."
+            )

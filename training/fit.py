@@ -107,19 +107,24 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
     if fold not in there:
         raise InputError(f"--fold {fold}: the store {store.root} has folds {', '.join(map(str, there))}.")
     rows = store.manifest.assign(fold=assigned.to_numpy())
+    others = extra_rows(store, data.extra_stores)
     for name, column, wanted in (
         ("holdout_machines", "machine_id", data.holdout_machines),
         ("holdout_sites", "site_id", data.holdout_sites),
     ):
-        known = sorted(set(rows[column]) - {""})
+        known = sorted({*rows[column], *others[column]} - {""})
         if unknown := [each for each in wanted if each not in known]:
             raise InputError(f"data.{name}: {store.root} has no {unknown[0]!r}; it has {', '.join(known)}.")
     rows = rows[rows["cancer"].notna()]
-    pool = rows[rows["fold"] != fold]
-    if data.extra_stores:
-        pool = pd.concat([pool, extra_rows(store, data.extra_stores)], ignore_index=True)
-    kept_out = pool["machine_id"].isin(data.holdout_machines) | pool["site_id"].isin(data.holdout_sites)
-    training = _limit(pool[~kept_out], data.max_images)
+
+    def kept(part: pd.DataFrame) -> pd.DataFrame:
+        return part[~(part["machine_id"].isin(data.holdout_machines) | part["site_id"].isin(data.holdout_sites))]
+
+    training, most = kept(rows[rows["fold"] != fold]), data.max_images
+    if data.extra_stores:  # of which a limit leaves some, too
+        parts = _limit(training, most and (most + 1) // 2), _limit(kept(others), most and max(most // 2, 1))
+        training = pd.concat(parts, ignore_index=True)
+    training = _limit(training, most)
     held_out = _limit(rows[rows["fold"] == fold], data.max_images)
     for name, part in (("training on", training), ("validating on", held_out)):
         breasts = part.groupby("prediction_id")["cancer"].max()

@@ -177,13 +177,14 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
         found.append(f"folds: fold {environment.fold} of {store.root} holds other pictures out than it did")
     begun_with, now_there = environment.facts_read, facts_trained_on(store, config)
     if begun_with.get(EXTRA) != now_there.get(EXTRA):
-        found.append("data.extra_stores: other pictures there than it was begun with")
+        found.append("data.extra_stores: other pictures there than it was begun with, or in another order")
     both = (begun_with.keys() & now_there.keys()) - {EXTRA}
     changed = sorted(name for name in both if begun_with[name] != now_there[name])
+    beside = ", or one of data.extra_stores" if config.data.extra_stores else ""
     for name in changed:
         listed = name == "hard_negatives"
         told = f"{config.data.loader.hard_negatives} lists other pictures than it did"
-        found.append(f"{name}: {told if listed else f'{store.root} has other values there than it had'}")
+        found.append(f"{name}: {told if listed else f'{store.root} has other values there than it had{beside}'}")
     return found
 
 

@@ -313,10 +313,11 @@ class Session:
             environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
             environment["held_out"] = held_out_digest(self.store, self.fold)
             environment["facts_read"] = facts_trained_on(self.store, self.config)
+            own = self.training[self.training["fold"].notna()]  # another data set's machine 48 is not this one's
             environment["training"] = {
                 "images": len(self.training),
-                "machines": sorted(self.training["machine_id"].unique().tolist()),
-                "sites": sorted(self.training["site_id"].unique().tolist()),
+                "machines": sorted(own["machine_id"].unique().tolist()),
+                "sites": sorted(own["site_id"].unique().tolist()),
                 "extra_stores": [str(Path(each).resolve()) for each in self.config.data.extra_stores],
             }
             (self.folder / runs.RECORDS).unlink(missing_ok=True)

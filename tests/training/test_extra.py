@@ -37,7 +37,8 @@ def config(*others, more=()):
 
 def test_every_fold_is_trained_on_them_and_none_is_validated_on_them(store, tmp_path):
     first, second = make_other(tmp_path / "first"), make_other(tmp_path / "second", 3)
-    changed = second.manifest.assign(patient_id="y" + second.manifest["patient_id"], cancer=float("nan"))
+    ids = {name: "y" + second.manifest[name] for name in ("patient_id", "image_id")}
+    changed = second.manifest.assign(**ids, cancer=float("nan"))
     second = fakes.make_store(tmp_path / "third", changed)  # unlabelled: nothing to learn from
     for fold in range(2):
         alone, held_out = fit.split(store, fakes.small_config().data, fold)
@@ -53,6 +54,26 @@ def test_machines_and_sites_held_out_are_so_in_every_store(store, tmp_path):
     assert "49" in set(other.manifest["machine_id"])
     assert "49" not in set(training["machine_id"])
     assert training["image_id"].str.startswith("x").any()
+
+
+def test_what_only_another_store_has_can_be_held_out_and_counts_as_unseen(store, tmp_path):
+    own = store.manifest[store.manifest["machine_id"] != "48"]
+    rows = own.assign(machine_id=own["machine_id"].replace("29", "49"))
+    mixed = fakes.make_store(tmp_path / "mixed", rows)
+    other = make_other(tmp_path / "other", machine_id="48", fold=1)
+    training, _ = fit.split(mixed, config(other, more=("data.holdout_machines=[48]",)).data, 0)
+    assert set(training["machine_id"]) == {"49"}
+    fit.fit(config(other, more=("train.epochs=1",)), mixed, 0, tmp_path / "run")
+    (fold,) = runs.open_run(tmp_path / "run").folds
+    assert fold.environment.training.machines == ("49",)
+
+
+def test_a_limit_leaves_some_of_every_part(store, tmp_path):
+    other = make_other(tmp_path / "other")
+    training, _ = fit.split(store, config(other, more=("data.max_images=8",)).data, 0)
+    assert len(training) == 8
+    assert training["fold"].isna().sum() == 4
+    assert training["cancer"].sum() == 4
 
 
 def test_their_pictures_come_from_their_own_tiles(tmp_path):
@@ -79,6 +100,10 @@ def test_what_would_leak_or_does_not_fit_is_refused(store, tmp_path):
         ([store], InputError, r"patient p000 is in .*store and in .*store, as 24 are"),
         ([other, make_other(tmp_path / "again")], InputError, r"patient xp000 is in .*again and in .*other, as 6 are"),
     ]
+    ids = make_other(tmp_path / "ids").manifest.assign(image_id=store.manifest["image_id"].iloc[:24].tolist())
+    cases.append(
+        ([fakes.make_store(tmp_path / "same", ids)], InputError, r"image_id 0000 is in .*same and in .*, as 24")
+    )
     head = json.loads((other.root / "store.json").read_text())
     head["settings"]["crop_margin"] = 0.1
     shutil.copytree(other.root, tmp_path / "wider")

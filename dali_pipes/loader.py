@@ -123,7 +123,6 @@ class Loader:
         self._dtype = getattr(torch, pipeline.dtype)
         self._device = torch.device(device)
         self._is_on_gpu = self._device.type == "cuda"  # a batch
-        self._has_gpu_steps = self._is_on_gpu and loader.steps_on == "auto"
         self._threads = loader.threads or max(available_cores() // processes_here(), 1)
         self._pool: ThreadPoolExecutor | None = None
         self._resources = ExitStack()
@@ -217,22 +216,22 @@ class Loader:
             raise RuntimeError("this loader was closed")
         if self._graphs:
             return
-        settings, on_gpu = self._settings, self._has_gpu_steps
+        settings, gpu_steps = self._settings, self._is_on_gpu and self._settings.steps_on == "auto"
         if self._is_on_gpu and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
-        on_device = on_gpu and settings.cache == "device"
+        on_device = gpu_steps and settings.cache == "device"
         # In training's stream what prepares levels would stand behind all that is queued there, and wait for it.
         self._stream = torch.cuda.Stream(self._device) if on_device else None
         if settings.cache != "none":
             place = str(self._device) if on_device else "cpu"
             self.cache = self._resources.enter_context(shared_cache(place, settings.cache_mb << 20))
-        encoded = on_gpu and self.cache is None
+        encoded = gpu_steps and self.cache is None
         upload = self._upload if on_device else None
-        self._source = self._open_source(self.cache, upload, encoded, whole=on_gpu and not encoded)
-        size, count = self._plan.batch_size, _GRAPHS["gpu" if on_gpu else "cpu"]
+        self._source = self._open_source(self.cache, upload, encoded, whole=gpu_steps and not encoded)
+        size, count = self._plan.batch_size, _GRAPHS["gpu" if gpu_steps else "cpu"]
         amounts = size, -(-self._threads // count), -(-settings.prefetch // count)
-        if on_gpu:
+        if gpu_steps:
             self._parts = _GPU_PARTS if self.cache is None else 1
             rows = self._windows.to_dict("records")
             self._uses = Uses.of(rows, self._pipeline_settings, self._plan.augment, encoded)
@@ -243,7 +242,7 @@ class Loader:
             self._steps = HostSteps(self._pipeline_settings)
         for graph in range(count):
             source = self._source_of(graph)
-            if on_gpu:
+            if gpu_steps:
                 given = (source, self._pipeline_settings, self._uses, *amounts)
                 self._graphs.append(operator_pipeline(*given, self._device.index, not encoded, self._stream))
             else:

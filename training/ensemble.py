@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,8 @@ from training.covariates import Covariates
 from training.timing import Untimed, timed
 from training.windows import through_each_window, window_counts
 
+_Outputs = TypeVar("_Outputs")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -36,6 +38,12 @@ class Member:
     model: Callable[[Tensor], Tensor]
     precision: torch.dtype
     channels_last: bool
+
+    def apply(self, function: Callable[[Tensor], _Outputs], image: Tensor) -> _Outputs:
+        """A function of the model, of pictures [B, C, H, W], in the layout and precision that it was validated in."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        with torch.autocast(image.device.type, self.precision, enabled=self.precision != torch.float32):
+            return function(image.contiguous(memory_format=layout))
 
 
 @dataclass(frozen=True)
@@ -217,12 +225,6 @@ class Ensemble:
     def probabilities(self, member: Member, image: Tensor, tta: bool = False) -> Tensor:
         """Probabilities, float32 [B], of pictures [B, C, H, W], as validation computes them, up to the rounding that
         folding batch normalisation changes."""
-        layout = torch.channels_last if member.channels_last else torch.contiguous_format
         views = [image, image.flip(3)] if tta else [image]
-        enabled = member.precision != torch.float32
-        probabilities = []
-        for view in views:
-            with torch.autocast(self.device.type, member.precision, enabled=enabled):
-                logits = member.model(view.contiguous(memory_format=layout))
-            probabilities.append(torch.sigmoid(logits))
+        probabilities = [torch.sigmoid(member.apply(member.model, view)) for view in views]
         return torch.stack(probabilities).mean(dim=0) if tta else probabilities[0]

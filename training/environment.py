@@ -18,7 +18,7 @@ from preprocessing.machine import available_cores
 from preprocessing.manifest import Store
 from training.config import Config
 from training.distributed import World
-from training.extra import extra_rows, fingerprint
+from training.extra import fingerprint, labelled, open_extra
 from training.losses import aux_targets
 
 PACKAGES = (
@@ -60,8 +60,9 @@ def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
         InputError: the list of hard negatives cannot be read.
     """
     data, loader, rows = config.data, config.data.loader, store.manifest
-    if data.extra_stores:
-        rows = pd.concat([rows, extra_rows(store, data.extra_stores)], ignore_index=True)
+    others = open_extra(store, data.extra_stores)
+    if others:
+        rows = pd.concat([rows, labelled(others)], ignore_index=True)
     names = [loader.weight_column] if loader.weight_column else []
     names += [name for name, held in (("machine_id", data.holdout_machines), ("site_id", data.holdout_sites)) if held]
     read = rows[[name for name in names if name in rows]]
@@ -71,7 +72,7 @@ def facts_trained_on(store: Store, config: Config) -> dict[str, str]:
     if loader.hard_negatives:
         found["hard_negatives"] = "\n".join(sorted(hard_negatives(loader.hard_negatives) & set(rows["image_id"])))
     digests = {str(name): hashlib.sha256(content.encode()).hexdigest() for name, content in found.items()}
-    return digests | ({EXTRA: fingerprint(data.extra_stores)} if data.extra_stores else {})
+    return digests | ({EXTRA: fingerprint(others)} if others else {})
 
 
 def git_commit() -> str | None:

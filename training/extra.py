@@ -11,9 +11,8 @@ from preprocessing.errors import InputError, StoreError
 from preprocessing.manifest import Store, level_column, open_store
 
 
-def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
-    """Labelled rows of other stores, their tiles by absolute paths, so that a loader of `store` finds them; their
-    `fold` is NaN.
+def open_extra(store: Store, extra: Sequence[str]) -> list[Store]:
+    """Other stores, whose pictures may be trained on beside those of `store`.
 
     Args:
         store: the store that is trained on and validated.
@@ -24,7 +23,7 @@ def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
         InputError: a picture, a patient or an image_id that is in another one of them too: it would be trained on
             twice, or trained on and validated, or taken for the other.
     """
-    known, parts = [store], []
+    known = [store]
     for folder in extra:
         other = open_store(folder)
         if difference := other.settings.difference(store.settings):
@@ -36,16 +35,24 @@ def extra_rows(store: Store, extra: Sequence[str]) -> pd.DataFrame:
         for each in known:
             _require_apart(other, each)
         known.append(other)
+    return known[1:]
+
+
+def labelled(others: Sequence[Store]) -> pd.DataFrame:
+    """The labelled rows of one or more stores, their tiles by absolute paths, so that a loader of another store finds
+    them; their `fold` is NaN."""
+    parts = []
+    for other in others:
         rows = other.manifest[other.manifest["cancer"].notna()]
         tiles = [level_column("path", level) for level in other.levels]
         paths = {name: f"{other.root.resolve()}/" + rows[name] for name in tiles}
         parts.append(rows.assign(**paths, fold=float("nan")))
-    return pd.concat(parts, ignore_index=True) if parts else store.manifest.iloc[:0]
+    return pd.concat(parts, ignore_index=True)
 
 
-def fingerprint(extra: Sequence[str]) -> str:
-    """SHA-256 of the other stores' fingerprints, in hexadecimal."""
-    return hashlib.sha256("\n".join(open_store(folder).fingerprint for folder in extra).encode()).hexdigest()
+def fingerprint(others: Sequence[Store]) -> str:
+    """SHA-256 of the stores' fingerprints, in hexadecimal."""
+    return hashlib.sha256("\n".join(other.fingerprint for other in others).encode()).hexdigest()
 
 
 def _require_apart(other: Store, store: Store) -> None:

@@ -196,7 +196,5 @@ def _fill(
 @torch.inference_mode()
 def _outputs(member: Member, image: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities [B] and features [B, F] of pictures [B, C, H, W], both float32."""
-    layout = torch.channels_last if member.channels_last else torch.contiguous_format
-    with torch.autocast(image.device.type, member.precision, enabled=member.precision != torch.float32):
-        outputs = cast(MammoModel, member.model).outputs(image.contiguous(memory_format=layout))
+    outputs = member.apply(cast(MammoModel, member.model).outputs, image)
     return torch.sigmoid(outputs["cancer"]).float(), outputs["embedding"].float()

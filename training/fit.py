@@ -19,7 +19,7 @@ from training.batch_size import find_batch_size
 from training.config import Config, DataSettings
 from training.device import held_by_others, pick_device
 from training.distributed import World, world
-from training.extra import extra_rows
+from training.extra import labelled, open_extra
 from training.failures import training_advice
 from training.session import FitSummary, Session
 
@@ -107,7 +107,8 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
     if fold not in there:
         raise InputError(f"--fold {fold}: the store {store.root} has folds {', '.join(map(str, there))}.")
     rows = store.manifest.assign(fold=assigned.to_numpy())
-    others = extra_rows(store, data.extra_stores)
+    stores = open_extra(store, data.extra_stores)
+    others = labelled(stores) if stores else rows.iloc[:0]
     for name, column, wanted in (
         ("holdout_machines", "machine_id", data.holdout_machines),
         ("holdout_sites", "site_id", data.holdout_sites),
@@ -121,7 +122,7 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
         return part[~(part["machine_id"].isin(data.holdout_machines) | part["site_id"].isin(data.holdout_sites))]
 
     training, most = kept(rows[rows["fold"] != fold]), data.max_images
-    if data.extra_stores:  # of which a limit leaves some, too
+    if stores:  # of which a limit leaves some, too
         parts = _limit(training, most and (most + 1) // 2), _limit(kept(others), most and max(most // 2, 1))
         training = pd.concat(parts, ignore_index=True)
     training = _limit(training, most)

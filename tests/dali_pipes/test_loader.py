@@ -222,15 +222,22 @@ def test_levels_are_not_kept_on_a_gpu_that_has_no_steps():
         LoaderSettings(steps_on="cpu", cache="device")
 
 
-def test_batches_that_are_ready_do_not_wait_for_a_later_one(store, monkeypatch):
-    waited, go_on, sample = [], threading.Event(), Plan.sample
+def held_back(monkeypatch, *held):
+    """An event for which the sample at (epoch, place) waits, whether it came in time, and the places asked for."""
+    waited, asked, go_on, sample = [], [], threading.Event(), Plan.sample
 
     def slow(self, epoch, place):
-        if place == 10:
-            waited.append(go_on.wait(30))
+        asked.append(place)
+        if (epoch, place) == held:
+            waited.append(go_on.wait(60))
         return sample(self, epoch, place)
 
     monkeypatch.setattr(Plan, "sample", slow)
+    return go_on, waited, asked
+
+
+def test_batches_that_are_ready_do_not_wait_for_a_later_one(store, monkeypatch):
+    go_on, waited, _ = held_back(monkeypatch, 0, 10)
     settings = LoaderSettings(batch_size=1, threads=2, prefetch=2)
     with Loader(store, store.manifest, PIPELINE, settings) as loader:
         running = loader.epoch(0)
@@ -242,15 +249,7 @@ def test_batches_that_are_ready_do_not_wait_for_a_later_one(store, monkeypatch):
 
 
 def test_batches_are_prepared_ahead_of_one_that_is_slow(store, monkeypatch):
-    asked, go_on, sample = [], threading.Event(), Plan.sample
-
-    def slow(self, epoch, place):
-        asked.append(place)
-        if place == 5:
-            assert go_on.wait(60)
-        return sample(self, epoch, place)
-
-    monkeypatch.setattr(Plan, "sample", slow)
+    go_on, waited, asked = held_back(monkeypatch, 0, 5)
     settings = LoaderSettings(batch_size=1, threads=8, prefetch=4)
     with Loader(store, store.manifest, PIPELINE, settings) as loader:
         running = loader.epoch(0)  # DALI's queue takes four batches at once, and a fifth when it is ready
@@ -264,6 +263,7 @@ def test_batches_are_prepared_ahead_of_one_that_is_slow(store, monkeypatch):
         assert set(asked) == set(range(9))
         go_on.set()
         assert len([*first, *running]) == 20
+        assert waited == [True]
 
 
 def test_what_waits_for_an_epoch_that_was_left_is_not_prepared_any_more(store, monkeypatch):
@@ -282,14 +282,7 @@ def test_what_waits_for_an_epoch_that_was_left_is_not_prepared_any_more(store, m
 
 
 def test_after_an_epoch_that_was_left_a_graph_takes_as_many_batches_as_before(store, monkeypatch):
-    go_on, sample = threading.Event(), Plan.sample
-
-    def slow(self, epoch, place):
-        if (epoch, place) == (0, 4):
-            assert go_on.wait(60)
-        return sample(self, epoch, place)
-
-    monkeypatch.setattr(Plan, "sample", slow)
+    go_on, waited, _ = held_back(monkeypatch, 0, 4)
     settings = LoaderSettings(batch_size=1, threads=2, prefetch=4)
     with Loader(store, store.manifest, PIPELINE, settings) as loader:
         left = loader.epoch(0)
@@ -299,6 +292,7 @@ def test_after_an_epoch_that_was_left_a_graph_takes_as_many_batches_as_before(st
         go_on.set()
         next(loader.epoch(1))
         assert len(loader._underway) >= 3  # and a fourth where it is ready
+        assert waited == [True]
 
 
 def test_what_is_drawn_is_what_drawn_says(store):

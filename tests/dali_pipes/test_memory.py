@@ -41,7 +41,6 @@ def test_freed_memory_is_not_asked_for_again():
 
 RELEASED = """
 import sys
-import threading
 from pathlib import Path
 import psutil
 from dali_pipes.loader import Loader

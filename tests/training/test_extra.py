@@ -15,7 +15,7 @@ from preprocessing.manifest import open_store
 from tests.dali_pipes import stores
 from tests.training import fakes
 from training import fit, runs
-from training.extra import extra_rows
+from training.extra import labelled, open_extra
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_their_pictures_come_from_their_own_tiles(tmp_path):
     pipeline, settings = PipelineSettings(height=64, width=48), LoaderSettings(val_batch_size=7, threads=2)
     for cache in ("none", "host"):
         given = settings.model_copy(update={"cache": cache})
-        with Loader(own, extra_rows(own, [str(other.root)]), pipeline, given, train=False) as loader:
+        with Loader(own, labelled(open_extra(own, [str(other.root)])), pipeline, given, train=False) as loader:
             (found,) = loader.epoch(0)
         with Loader(other, other.manifest, pipeline, settings, train=False) as loader:
             (expected,) = loader.epoch(0)
@@ -117,9 +117,9 @@ def test_what_would_leak_or_does_not_fit_is_refused(store, tmp_path):
         with pytest.raises(kind, match=message):
             fit.split(store, config(*others).data, 0)
     with pytest.raises(InputError, match=r"picture x0000 of .*copied is in .*files too, as 8 of it are"):
-        extra_rows(same, [str(copied.root)])
+        open_extra(same, [str(copied.root)])
     with pytest.raises(StoreError, match="none: no store there"):
-        extra_rows(store, [str(tmp_path / "none")])
+        open_extra(store, [str(tmp_path / "none")])
 
 
 def test_a_run_goes_on_with_the_pictures_that_it_was_begun_with_wherever_they_lie(store, tmp_path):

@@ -10,6 +10,7 @@ store a synthetic one is made; see loader_set.py for what is done to the picture
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +70,7 @@ class Row:
     gpu: list[float] = field(default_factory=list)
     stream: Iterator[Any] | None = None
     workers: list[psutil.Process] = field(default_factory=list)
+    failed: str = ""  # where and why; it has no more turns
 
     def resume(self) -> None:
         """Begin or go on, up to the first batch that counts."""
@@ -171,6 +174,17 @@ def turn(row: Row, seconds: float, device: str) -> None:
     _idle()
 
 
+def attempt(row: Row, seconds: float, device: str) -> None:
+    """`turn`, which does not cost the others their figures where it fails."""
+    try:
+        turn(row, seconds, device)
+    except Exception:  # noqa: BLE001  whatever it is, it is this contestant's
+        row.failed = traceback.format_exc()
+        click.echo(f"{row.name}: {row.failed}", err=True)
+        row.rates.clear()
+        row.end()
+
+
 def _settle(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
@@ -227,6 +241,8 @@ def summary(rows: list[Row], probes: dict[str, dict[str, float]], device: str, t
     """What goes into the JSON file."""
     described = []
     for row in rows:
+        if not row.rates:
+            continue
         entry = {
             "name": row.name,
             "batch_size": row.batch,
@@ -239,15 +255,17 @@ def summary(rows: list[Row], probes: dict[str, dict[str, float]], device: str, t
             entry["gpu_utilisation"] = statistics.fmean(row.gpu)
         described.append(entry)
     rate = {entry["name"]: entry["images_per_s"] for entry in described}
-    best = max((name for name in OURS if name in rate), key=lambda name: rate[name])
+    best = max((name for name in OURS if name in rate), key=lambda name: rate[name], default=OURS[0])
+    over = {key: name for key, name in RATIOS.items() if name in rate}
     gpu = torch.cuda.get_device_name() if device != "cpu" else None
     return {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": threads, "gpu": gpu, "size": SIDE},
         "rows": described,
         "best": best,
-        "ratios": {key: rate[best] / rate[name] for key, name in RATIOS.items()},
-        "ratios_uncached_512": {key: rate["512 zstd"] / rate[name] for key, name in RATIOS.items()},
-        "detector_28_over_5_megapixels": rate["5 MP"] / rate["28 MP"],
+        "ratios": {key: rate.get(best, math.nan) / rate[name] for key, name in over.items()},
+        "ratios_uncached_512": {key: rate.get("512 zstd", math.nan) / rate[name] for key, name in over.items()},
+        "detector_28_over_5_megapixels": rate.get("5 MP", math.nan) / rate.get("28 MP", math.nan),
+        "failed": {row.name: row.failed for row in rows if row.failed},
     }
 
 
@@ -313,9 +331,10 @@ def main(
         rows = contestants(data, place, threads)
         for repeat in range(repeats):
             for row in rows:
-                with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
-                    turn(row, seconds, place)
-                whole = summary(rows, {}, place, threads) if all(row.rates for row in rows) else {}
+                if not row.failed:
+                    with console.status(f"{repeat + 1} of {repeats}: {row.name}"):
+                        attempt(row, seconds, place)
+                whole = summary(rows, {}, place, threads) if all(row.rates or row.failed for row in rows) else {}
                 kept.so_far(images_per_s={row.name: row.rates for row in rows if row.rates}, **whole)
         for row in rows:
             row.end()
@@ -326,6 +345,8 @@ def main(
     found = summary(rows, probes, place, threads)
     kept.final(found)
     show(found, console)
+    if found["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -107,12 +108,13 @@ def measure(
         kept(first_steps_s=first_steps)
         kept = partial(kept, first_steps_s=first_steps)
         tensors, loaded, waited, busy, busy_alone = [], [], [], [], []
+        ready = 2 * config.data.loader.prefetch  # batches, of which the last may not end in the middle of a step
         for _ in range(repeats):
             seconds, used = _watched(parts, itertools.repeat(fixed, steps), steps, monitor)
             tensors.append(seconds)
             busy_alone.append(used)
             # What was prepared during the turn from tensors.
-            _timed(parts, itertools.islice(stream, 2 * config.data.loader.prefetch), steps, monitor)
+            _timed(parts, itertools.islice(stream, ready), ready, monitor)
             before = loader.wait_s
             seconds, used = _watched(parts, itertools.islice(stream, steps), steps, monitor)
             loaded.append(seconds)
@@ -251,7 +253,8 @@ def main(
             except Exception as error:  # what the other cases come to is not lost with one that fails
                 if len(cases) == 1:
                     raise
-                rows.append({"name": case.name, "error": f"{type(error).__name__}: {error}"})
+                told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+                rows.append({"name": case.name, **told})
             so_far()
             torch.compiler.reset()
         # What all cases share is said once.

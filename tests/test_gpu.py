@@ -16,6 +16,7 @@ from training import runs
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.timeout(300),  # gpu-check's own limit is for tests of one thing
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU here"),
 ]
 ROOT = Path(__file__).resolve().parents[1]

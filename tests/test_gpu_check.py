@@ -37,7 +37,7 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
         Part("good", ("-c", FIGURES), 60),
         Part("bad", ("-c", "print('what went wrong'); raise SystemExit(3)"), 60, figures=False),
     ]
-    path, passed = check("gpu", "NVIDIA H200 (simulated)", tmp_path, lambda name: None, wanted)
+    path, passed = check("NVIDIA H200 (simulated)", tmp_path, lambda name: None, wanted)
     assert not passed
     assert path.name.startswith("nvidia-h200-simulated-")
     written = json.loads(path.read_text())
@@ -52,7 +52,9 @@ def test_each_part_is_recorded_whether_it_passes_fails_or_hangs(tmp_path: Path):
     assert found["slow"]["output_tail"][-1] == "KeyboardInterrupt", "it may say what it came to"
     assert 50 < found["good"]["limit_s"] <= 60, "the slow part left nothing of its time"
     assert 60 < found["bad"]["limit_s"] <= 120, "what a part leaves goes to the next"
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    logs = [f"{path.stem}-{name}.log" for name in ("bad", "begun", "slow")]
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([path.name, *logs])
+    assert (tmp_path / logs[0]).read_text() == "what went wrong\n"
 
 
 def test_a_check_that_is_ended_ends_its_part_and_keeps_its_figures(tmp_path: Path):
@@ -90,9 +92,9 @@ time.sleep(60)
 """
 
 
-def test_what_a_stopped_part_has_started_is_stopped_with_it():
+def test_what_a_stopped_part_has_started_is_stopped_with_it(tmp_path: Path):
     """Its workers would go on using the GPU beside the next part."""
-    found = run_part(Part("workers", ("-c", WORKER), 3, figures=False), Path())
+    found = run_part(Part("workers", ("-c", WORKER), 3, figures=False), tmp_path, tmp_path / "workers.log")
     assert found["status"] is None
     pid = found["output_tail"][0]
     ends = time.monotonic() + 20  # a signal takes its time on a machine that is busy
@@ -113,6 +115,17 @@ def test_all_its_parts_together_keep_to_the_eight_minutes():
     assert "tests/dali_pipes/test_gpu.py" in gpu_check.parts("gpu")[0].command
     for part in gpu_check.parts("gpu"):
         assert part.command[0] == "-m" or (gpu_check.ROOT / part.command[0]).is_file()
+
+
+def test_parts_may_be_run_alone_and_an_unknown_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_check, "parts", lambda *_: [Part(name, ("-c", FIGURES), 60) for name in ("one", "two")])
+    done = CliRunner().invoke(main, ["--out", str(tmp_path), "--device", "cpu", "--only", "two"])
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.iterdir()
+    assert list(json.loads(path.read_text())["parts"]) == ["two"]
+    done = CliRunner().invoke(main, ["--device", "cpu", "--only", "three"])
+    assert done.exit_code == 2
+    assert "no part 'three'; they are one, two" in done.output
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -103,13 +103,20 @@ def test_a_batch_stays_as_it_is_for_what_is_queued_on_it(store, steps_on):
 
 def test_levels_are_uploaded_for_the_device_cache_without_waiting_for_training(store):
     settings = LoaderSettings(batch_size=2, cache="device", sampling="natural")
-    with Loader(store, store.manifest, PIPELINE, settings, seed=5, device="cuda") as loader:
+
+    def opened():
+        return Loader(store, store.manifest, PIPELINE, settings, seed=5, device="cuda")
+
+    with opened() as loader:  # kernels are loaded when they are first used, which waits for the GPU
+        list(loader.epoch(0))
+    with opened() as loader:
         running = loader.epoch(0)
         next(running)
-        torch.cuda._sleep(4_000_000_000)
+        before = loader.cache.misses
+        torch.cuda._sleep(8_000_000_000)
         behind = torch.cuda.current_stream().record_event()
-        taken = [next(running) for _ in range(3)]
-        assert loader.cache.misses > 2
+        taken = [next(running) for _ in range(5)]
+        assert loader.cache.misses > before
         assert not behind.query()
         assert all(batch["image"].isfinite().all() for batch in taken)
 

@@ -69,10 +69,10 @@ _PATH = click.Path(path_type=Path)
 _store = click.option("--store", type=_PATH, default=STORE, show_default=True, help="The store that convert made.")
 _calibrate = click.option(
     "--calibrate",
-    type=click.Choice(["none", "temperature", "isotonic"]),
+    type=click.Choice(["none", "temperature", "platt", "isotonic"]),
     default="none",
     show_default=True,
-    help="Calibrate probabilities on the out-of-fold predictions.",
+    help="Calibrate probabilities on the out-of-fold predictions; after balanced epochs platt or isotonic.",
 )
 _aggregate = click.option(
     "--aggregate",

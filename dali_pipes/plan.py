@@ -7,6 +7,7 @@ the same for any batch size, number of ranks, threads or device, and continues a
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from dali_pipes.settings import AugmentSettings, LoaderSettings
 
 # One purpose, one counter: numbers added for one never shift another's.
 _ORDER, _SAMPLE, _GRID, _HOLES, _MIX, _PARTNER = range(6)
+_ROUNDING = 1e-6  # samples; a share of 0.1 is no tenth
 
 
 class Draw(NamedTuple):
@@ -264,10 +266,11 @@ class Plan:
 
     def _balanced(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """Positives at even distances, each jittered within its own stretch: no stretch of the epoch lacks them."""
-        total = self.samples
-        wanted = min(max(round(self.settings.positive_share * total), 1), total)
-        # Stratified slots (one in each stretch of total / wanted) are distinct, for the stretches do not overlap.
-        edges = np.floor(np.arange(wanted + 1) * (total / wanted)).astype(np.int64)
+        total, share = self.samples, self.settings.positive_share
+        # Stretches of 1 / share samples, whatever the epoch's length: with one positive in eight, each eight samples
+        # from the first on, and so each batch of eight, have one.
+        wanted = max(math.ceil(total * share - _ROUNDING), 1)
+        edges = np.minimum(np.floor(np.arange(wanted + 1) / share + _ROUNDING), total).astype(np.int64)
         slots = edges[:-1] + np.floor(rng.random(wanted) * np.diff(edges)).astype(np.int64)
         order = np.empty(total, np.int64)
         taken = np.zeros(total, bool)

@@ -125,7 +125,7 @@ class LoaderSettings(_Settings):
         default=0.5,
         gt=0,
         lt=1,
-        description="Share of positive samples in a balanced epoch; other sampling takes no notice.",
+        description="Share of positive samples in a balanced epoch, 1/8 for one in every eight; ignored by others.",
     )
     replacement: bool = Field(
         default=False,

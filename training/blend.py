@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from preprocessing.errors import RunError
 from training import metrics
@@ -13,11 +14,14 @@ from training.calibration import logit
 
 _PEAKED = 50.0  # an exponent that is as good as the maximum
 _MARGIN = 1e-7  # mixtures are kept this far from 0 and 1, where the loss is infinite
+_STEEPEST = 100.0  # of a recalibration: runs that part the classes without a mistake would want infinity
+_TIE = 1e-4  # of each run's own loss: of mixtures that are as good, that of the better runs
 
 
 def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64]:
-    """The convex mixture of the runs with the least mean log loss (linear opinion pool, Stone 1961); convex in the
-    weights, so that there is no other minimum to end in.
+    """The convex mixture of the runs (linear opinion pool, Stone 1961) with the least mean log loss after a logistic
+    recalibration (Platt 1999): what is fitted is how runs are weighed against each other, not how sure they are, for
+    runs whose epochs were balanced otherwise differ in that alone.
 
     Args:
         labels: 0 or 1 of each breast, [breasts].
@@ -40,21 +44,47 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
         return np.ones(1)
     from scipy.optimize import minimize
 
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        mixed = np.clip(given @ weights, _MARGIN, 1 - _MARGIN)
-        slope = (mixed - cancer) / (mixed * (1 - mixed))
-        return -float(np.mean(cancer * np.log(mixed) + (1 - cancer) * np.log1p(-mixed))), given.T @ slope / len(cancer)
+    alone = np.array([_recalibrated_loss(cancer, column) for column in given.T])
 
-    found = minimize(
-        loss,
-        np.full(count, 1 / count),
-        jac=True,
-        method="SLSQP",
-        bounds=[(0, 1)] * count,
-        constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": lambda weights: np.ones(count)},
-    )
-    weights = np.clip(found.x, 0, 1)
+    def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weights, slope, bias = found[:count], found[count], found[count + 1]
+        mixed = np.clip(given @ weights, _MARGIN, 1 - _MARGIN)
+        logits = logit(mixed)
+        z = slope * logits + bias
+        error = (expit(z) - cancer) / len(cancer)
+        by_weight = given.T @ (error * slope / (mixed * (1 - mixed)))
+        value = float(np.mean(np.logaddexp(0, z) - cancer * z)) + _TIE * float(weights @ alone)
+        return value, np.r_[by_weight + _TIE * alone, error @ logits, error.sum()]
+
+    # Not convex: from the middle and from each run alone, and the best of what these come to.
+    starts = [np.full(count, 1 / count), *np.eye(count)]
+    tries = [
+        minimize(
+            loss,
+            np.r_[start, 1.0, 0.0],
+            jac=True,
+            method="SLSQP",
+            bounds=[*[(0.0, 1.0)] * count, (0.0, _STEEPEST), (-_STEEPEST, _STEEPEST)],
+            constraints={
+                "type": "eq",
+                "fun": lambda found: found[:count].sum() - 1,
+                "jac": lambda found: np.r_[np.ones(count), 0.0, 0.0],
+            },
+            options={"maxiter": 500, "ftol": 1e-10},
+        )
+        for start in starts
+    ]
+    weights = np.clip(min(tries, key=lambda each: each.fun).x[:count], 0, 1)
     return weights / weights.sum()
+
+
+def _recalibrated_loss(labels: NDArray[np.float64], predictions: ArrayLike) -> float:
+    """Log loss of predictions after the logistic recalibration that makes it least."""
+    from sklearn.linear_model import LogisticRegression
+
+    logits = logit(predictions)[:, None]
+    fitted = LogisticRegression(C=1e6).fit(logits, labels).predict_proba(logits)[:, 1]
+    return metrics.log_loss(labels, fitted)
 
 
 def fit_aggregate(pictures: pd.DataFrame) -> str:
@@ -70,7 +100,6 @@ def fit_aggregate(pictures: pd.DataFrame) -> str:
         RunError: the breasts are all of one class.
     """
     from scipy.optimize import minimize_scalar
-    from sklearn.linear_model import LogisticRegression
 
     known = pictures.dropna(subset=["cancer", "prediction"])
     labels = known.groupby("prediction_id")["cancer"].max().to_numpy(np.float64)
@@ -84,9 +113,7 @@ def fit_aggregate(pictures: pd.DataFrame) -> str:
         breasts = metrics.aggregate_predictions(
             known["prediction"], known["prediction_id"], f"power:{np.exp(log_exponent)}"
         )
-        logits = logit(breasts)[:, None]
-        fitted = LogisticRegression(C=1e6).fit(logits, labels).predict_proba(logits)[:, 1]
-        return metrics.log_loss(labels, fitted)
+        return _recalibrated_loss(labels, breasts)
 
     found = minimize_scalar(loss, bounds=(0.0, float(np.log(_PEAKED))), method="bounded")
     return f"power:{np.exp(found.x):.3f}"  # pyright: ignore[reportAttributeAccessIssue]

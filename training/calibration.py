@@ -14,18 +14,22 @@ from scipy.special import expit
 
 from preprocessing.errors import RunError
 
-Method = Literal["none", "temperature", "isotonic"]
+Method = Literal["none", "temperature", "platt", "isotonic"]
 _MARGIN = 1e-7  # probabilities are kept this far from 0 and 1, where logits are infinite
 _TEMPERATURES = (0.02, 50.0)
+_MOST_BIAS = 50.0
 
 
 class Calibration(BaseModel):
     """A map of probabilities, as `model.json` keeps it.
 
     Attributes:
-        method: 'none' leaves them alone; 'temperature' divides logits by a number (Guo et al. 2017, section 4.2);
-            'isotonic' is a rising step function, interpolated (Zadrozny & Elkan 2002).
+        method: 'none' leaves them alone; 'temperature' divides logits by a number (Guo et al. 2017, section 4.2), which
+            leaves a half a half; 'platt' adds another to that (Platt 1999), as probabilities learnt from epochs with
+            more cancers than there are need it; 'isotonic' is a rising step function, interpolated (Zadrozny & Elkan
+            2002).
         temperature: above 1 draws probabilities towards a half.
+        bias: added to the logits that were divided.
         x, y: the isotonic map's nodes.
     """
 
@@ -33,6 +37,7 @@ class Calibration(BaseModel):
 
     method: Method = "none"
     temperature: float = 1.0
+    bias: float = 0.0
     x: tuple[float, ...] = ()
     y: tuple[float, ...] = ()
 
@@ -45,8 +50,8 @@ class Calibration(BaseModel):
     def __call__(self, probabilities: ArrayLike) -> NDArray[np.float64]:
         """Calibrated probabilities, float64 in [0, 1], of such in [0, 1]; NaN stays."""
         given = np.asarray(probabilities, np.float64)
-        if self.method == "temperature":
-            return expit(logit(given) / self.temperature)
+        if self.method in ("temperature", "platt"):
+            return expit(logit(given) / self.temperature + self.bias)
         if self.method == "isotonic":
             return np.interp(given, self.x, self.y)
         return given
@@ -78,16 +83,21 @@ def fit(method: Method, labels: ArrayLike, probabilities: ArrayLike) -> Calibrat
         return Calibration(
             method=method, x=tuple(fitted.X_thresholds_.tolist()), y=tuple(fitted.y_thresholds_.tolist())
         )
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize
 
     logits = logit(given)
 
-    def loss(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        return float(np.mean(np.logaddexp(0, scaled) - cancer * scaled))  # mean log loss
+    def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        slope, bias = found  # in which the mean log loss is convex
+        scaled = logits * slope + bias
+        error = (expit(scaled) - cancer) / len(cancer)
+        return float(np.mean(np.logaddexp(0, scaled) - cancer * scaled)), np.array([error @ logits, error.sum()])
 
-    found = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
-    return Calibration(method=method, temperature=float(np.exp(found.x)))  # pyright: ignore[reportAttributeAccessIssue]
+    steep, flat = (1 / temperature for temperature in _TEMPERATURES)
+    most = _MOST_BIAS if method == "platt" else 0.0
+    found = minimize(loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=[(flat, steep), (-most, most)])
+    slope, bias = map(float, found.x)
+    return Calibration(method=method, temperature=1 / slope, bias=bias)
 
 
 def logit(probabilities: ArrayLike) -> NDArray[np.float64]:

@@ -57,7 +57,11 @@ class ModelSettings(_Settings):
         "and starts from random weights with a warning where neither is at hand.",
     )
     weights_file: str | None = Field(default=None, description="A safetensors or .pth state dict, for weights=file.")
-    pooling: Literal["attention", "gem", "avg"] = Field(default="attention", description="From feature map to vector.")
+    pooling: Literal["attention", "gem", "avg"] = Field(
+        default="attention",
+        description="From feature map to vector. 'gem' takes what is below 0 "
+        "for 0, which is half of the map of a backbone that ends in a layer normalisation, such as ConvNeXt.",
+    )
     dropout: float = Field(default=0.3, ge=0, lt=1, description="Dropout before the classifier.")
     drop_path: float = Field(default=0.2, ge=0, lt=1, description="Stochastic depth of the backbone.")
     aux: tuple[Literal["density", "BIRADS", "invasive", "view"], ...] = Field(
@@ -120,9 +124,15 @@ class TrainSettings(_Settings):
         default=0.0,
         ge=0,
         lt=1,
-        description="Decay of the weights' moving average, reached by a warm-up of (1 + step)^(-2/3); 0 is off.",
+        description="Decay of the weights' moving average, at most: at step n it is no more than 1 - (1 + n)^(-2/3), "
+        "0.99 from step 1,000 on and 0.999 from 31,600 on; 0 is off.",
     )
-    patience: int = Field(default=3, ge=1, description="Epochs without a better metric after which training stops.")
+    patience: int = Field(
+        default=3,
+        ge=1,
+        description="Epochs without a better metric after which training stops; of progressive resizing, those of the "
+        "last size.",
+    )
     checkpoint_steps: int | None = Field(
         default=None, ge=1, description="Optimiser steps between checkpoints inside an epoch, beside the minutes."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ PICTURE_GROUPS = ("view",)
 # A threshold is called unstable where moving it to an end of its interval costs more than this share of pF1.
 UNSTABLE_LOSS = 0.1
 _FLAT = ("count", "positives", "auroc", "average_precision", "pf1", "pf1_best", "threshold", "log_loss", "ece")
+_WITH_ENDS = ("auroc", "average_precision")
 
 
 def evaluate(
@@ -88,15 +90,15 @@ def judge(
         "aggregate": aggregate,
         "folds": [{**of, "breast": _of_fold(breasts, of["fold"], value)} for of in judged_from(run)],
         "picture": metrics.summarise(frame["cancer"], frame["prediction"], value),
-        "breast": _with_intervals(breasts, value, resamples),
+        "breast": metrics.with_intervals(breasts, value, resamples),
         "mean_of_folds": _mean_of_folds(breasts),
-        "patient": _with_intervals(patients, value, resamples),
+        "patient": metrics.with_intervals(patients, value, resamples),
         "threshold": threshold,
         "subgroups": [
-            *metrics.subgroups(breasts, BREAST_GROUPS, value),
-            *metrics.subgroups(frame, PICTURE_GROUPS, value),
+            *metrics.subgroups(breasts, BREAST_GROUPS, value, resamples),
+            *metrics.subgroups(frame, PICTURE_GROUPS, value, resamples),
         ],
-        "unseen": unseen(run, frame, breasts, value),
+        "unseen": unseen(run, frame, breasts, value, resamples),
         "covariates": list(taken),
         "pictures_alone": _pictures_alone(alone) if taken else None,
     }
@@ -144,22 +146,27 @@ def choose_threshold(breasts: pd.DataFrame, resamples: int) -> dict[str, Any]:
 
     Returns:
         `value`; `interval` over bootstrap resamples of patients; `pf1_out_of_fold`, where each fold is cut at the
-        threshold that is best on the others; `unstable`: moving it within its interval costs over a tenth of pF1.
+        threshold that is best on the others, NaN with a single fold, and `pf1_interval`, or None; `unstable`: moving it
+        within its interval costs over a tenth of pF1.
     """
     breasts = breasts[breasts["cancer"].notna()]
     labels, predictions = breasts["cancer"], breasts["prediction"]
     best, value = metrics.pf1_best(labels, predictions)
     interval = metrics.bootstrap(breasts, resamples)["threshold"]
     ends = [metrics.pf1_at(labels, predictions, end) for end in interval or []]
+    called = _cross_thresholded(breasts)
     return {
         "value": value,
         "interval": interval,
-        "pf1_out_of_fold": _cross_thresholded(breasts),
+        "pf1_out_of_fold": math.nan if called is None else metrics.pf1(labels, called["prediction"]),
+        "pf1_interval": None if called is None else metrics.bootstrap(called, resamples)["pf1"],
         "unstable": interval is None or min(ends) < (1 - UNSTABLE_LOSS) * best,
     }
 
 
-def unseen(run: Run, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: float) -> dict[str, Any] | None:
+def unseen(
+    run: Run, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: float, resamples: int
+) -> dict[str, Any] | None:
     """Figures of breasts with pictures of machines or sites that their fold's model never saw, beside the others.
 
     Args:
@@ -167,9 +174,11 @@ def unseen(run: Run, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: floa
         frame: a row a picture.
         breasts: a row a breast.
         threshold: where the confusion is counted.
+        resamples: of patients, for the intervals.
 
     Returns:
-        `machines`, `sites` (those unseen somewhere), `unseen` and `seen` (what `metrics.summarise` gives); or None.
+        `machines`, `sites` (those unseen somewhere), `unseen` and `seen` (what `metrics.with_intervals` gives), or
+        None.
     """
     new = pd.Series(False, index=frame.index)
     machines, sites = set(), set()
@@ -188,7 +197,7 @@ def unseen(run: Run, frame: pd.DataFrame, breasts: pd.DataFrame, threshold: floa
         "machines": sorted(machines),
         "sites": sorted(sites),
         **{
-            name: metrics.summarise(part["cancer"], part["prediction"], threshold)
+            name: metrics.with_intervals(part, threshold, resamples)
             for name, part in (("unseen", breasts[strange]), ("seen", breasts[~strange]))
         },
     }
@@ -201,7 +210,7 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
         "auroc": "AUROC",
         "average_precision": "average precision",
         "pf1": "pF1",
-        "pf1_best": "pF1 at the best threshold",
+        "pf1_best": "pF1 at the threshold that is best here",
         "threshold": "threshold",
     }
     rows = [
@@ -214,7 +223,8 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     ]
     if (honest := result["threshold"]["pf1_out_of_fold"]) is not None:
         figure = "pF1, each fold at the others' best threshold (per breast)"
-        rows.insert(-1, {"figure": figure, "value": _number(honest), "95 % interval": ""})
+        interval = _interval(result["threshold"]["pf1_interval"])
+        rows.insert(-1, {"figure": figure, "value": _number(honest), "95 % interval": interval})
     if len(result["folds"]) > 1:
         mean = _number(result["mean_of_folds"]["auroc"])
         rows.insert(1, {"figure": "AUROC (mean of folds)", "value": mean, "95 % interval": ""})
@@ -230,7 +240,8 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def as_table(result: dict[str, Any]) -> pd.DataFrame:
-    """All figures as one table: level (picture, breast, patient), group, value, and a column a figure."""
+    """All figures as one table: level (picture, breast, patient), group, value, a column a figure, and the ends of the
+    95 % intervals of AUROC and average precision where they were asked for."""
     rows = [
         {"level": level, "group": "all", "value": "", **result[level]} for level in ("picture", "breast", "patient")
     ]
@@ -241,7 +252,11 @@ def as_table(result: dict[str, Any]) -> pd.DataFrame:
         rows += [
             {"level": "breast", "group": "machines", "value": n, **result["unseen"][n]} for n in ("seen", "unseen")
         ]
-    return pd.DataFrame(rows)[["level", "group", "value", *_FLAT]]
+    for row in rows:
+        for name in _WITH_ENDS:
+            row[f"{name}_low"], row[f"{name}_high"] = row.get("intervals", {}).get(name) or (None, None)
+    ends = [f"{name}_{end}" for name in _WITH_ENDS for end in ("low", "high")]
+    return pd.DataFrame(rows)[["level", "group", "value", *_FLAT, *ends]]
 
 
 def _pictures_alone(breasts: pd.DataFrame) -> dict[str, float]:
@@ -249,17 +264,18 @@ def _pictures_alone(breasts: pd.DataFrame) -> dict[str, float]:
     return {"auroc": figures["auroc"], "mean_of_folds": _mean_of_folds(breasts)["auroc"]}
 
 
-def _cross_thresholded(breasts: pd.DataFrame) -> float:
-    """pF1 over all folds, each cut at the threshold that is best on the others; NaN with a single fold."""
+def _cross_thresholded(breasts: pd.DataFrame) -> pd.DataFrame | None:
+    """The breasts with 0 or 1 for their prediction, each fold's cut at the threshold that is best on the others; None
+    with a single fold."""
     numbers = breasts["fold"].unique()
     if len(numbers) < 2:
-        return float("nan")
+        return None
     called = pd.Series(0.0, index=breasts.index)
     for number in numbers:
         others, own = breasts[breasts["fold"] != number], breasts["fold"] == number
         _, threshold = metrics.pf1_best(others["cancer"], others["prediction"])
         called[own] = (breasts.loc[own, "prediction"] >= threshold).astype(float)
-    return metrics.pf1(breasts["cancer"], called)
+    return breasts.assign(prediction=called)
 
 
 def _of_fold(breasts: pd.DataFrame, fold: int, threshold: float) -> dict[str, Any]:
@@ -271,11 +287,6 @@ def _mean_of_folds(breasts: pd.DataFrame) -> dict[str, float]:
     """Ranking figures averaged over the folds: models of different folds need not share a scale."""
     parts = [metrics.summarise(part["cancer"], part["prediction"]) for _, part in breasts.groupby("fold")]
     return {name: float(np.mean([part[name] for part in parts])) for name in ("auroc", "average_precision", "pf1_best")}
-
-
-def _with_intervals(frame: pd.DataFrame, threshold: float, resamples: int) -> dict[str, Any]:
-    figures = metrics.summarise(frame["cancer"], frame["prediction"], threshold)
-    return {**figures, "intervals": metrics.bootstrap(frame, resamples)}
 
 
 def take_facts(run: Run, store: Store) -> None:

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 SPECIFICITIES = (0.8, 0.9, 0.95)
 LOWER_IS_BETTER = frozenset({"log_loss", "ece"})
-INTERVALS = ("auroc", "average_precision", "pf1", "pf1_best", "threshold")
+# Not of pf1_best: each resample would choose its threshold anew, so that it is an interval of nothing that is got.
+INTERVALS = ("auroc", "average_precision", "pf1", "threshold")
 _BREAST_COLUMNS = ("patient_id", "laterality", "site_id", "machine_id", "age", "density", "implant", "fold")
 
 Floats = NDArray[np.float64]
@@ -26,10 +27,11 @@ def pf1(labels: ArrayLike, predictions: ArrayLike) -> float:
 
     With pTP and pFP the sums of the predictions over positives and negatives and P the number of positives, precision
     is pTP / (pTP + pFP), recall pTP / P, and pF1 their harmonic mean, which is 2 pTP / (pTP + pFP + P). Predictions are
-    clipped to [0, 1]; it is 0 where precision or recall is, or where there are no positives.
+    clipped to [0, 1]; it is 0 where precision or recall is, or where there are no positives. Unknown labels (NaN) are
+    left out.
     """
-    y = np.asarray(labels, dtype=np.float64)
-    p = np.clip(np.asarray(predictions, dtype=np.float64), 0, 1)
+    y, p = _known(labels, predictions)
+    p = np.clip(p, 0, 1)
     true, total, positives = float((p * y).sum()), float(p.sum()), float(y.sum())
     return 2 * true / (total + positives) if true > 0 and positives > 0 else 0.0
 
@@ -41,7 +43,7 @@ def pf1_at(labels: ArrayLike, predictions: ArrayLike, threshold: float) -> float
 
 def pf1_best(labels: ArrayLike, predictions: ArrayLike) -> tuple[float, float]:
     """The largest `pf1_at` and the threshold that gives it, midway between the two predictions that it parts."""
-    figures = _ranking(labels, predictions)
+    figures = _ranking(*_known(labels, predictions))
     return float(figures["pf1_best"][0]), float(figures["threshold"][0])
 
 
@@ -142,8 +144,11 @@ def per_patient(breasts: pd.DataFrame) -> pd.DataFrame:
     return _grouped(breasts, "patient_id", "max")
 
 
-def subgroups(frame: pd.DataFrame, columns: Sequence[str], threshold: float) -> list[dict[str, Any]]:
-    """`summarise` for each value of each column that the frame has: group, value and the figures.
+def subgroups(
+    frame: pd.DataFrame, columns: Sequence[str], threshold: float, resamples: int = 1000
+) -> list[dict[str, Any]]:
+    """`summarise` for each value of each column that the frame has: group, value, the figures and their `intervals`, as
+    `bootstrap` gives them.
 
     Age is taken in bands. Empty values are called "unknown".
     """
@@ -157,11 +162,16 @@ def subgroups(frame: pd.DataFrame, columns: Sequence[str], threshold: float) -> 
             else frame[column].fillna("").astype(str).replace({"": "unknown"})
         )
         for value in sorted(values.unique()):
-            part = frame[values == value]
             rows.append(
-                {"group": column, "value": value, **summarise(part["cancer"], part["prediction"], threshold=threshold)}
+                {"group": column, "value": value, **with_intervals(frame[values == value], threshold, resamples)}
             )
     return rows
+
+
+def with_intervals(frame: pd.DataFrame, threshold: float, resamples: int = 1000) -> dict[str, Any]:
+    """`summarise` of a frame as `bootstrap` takes it, and `intervals`, what that gives."""
+    figures = summarise(frame["cancer"], frame["prediction"], threshold)
+    return {**figures, "intervals": bootstrap(frame, resamples)}
 
 
 def age_bands(age: pd.Series) -> pd.Series:
@@ -197,8 +207,8 @@ def bootstrap(frame: pd.DataFrame, resamples: int = 1000, seed: int = 0, level: 
     tail = 100 * (1 - level) / 2
     names = (*INTERVALS, *(f"sensitivity_at_{specificity:g}" for specificity in SPECIFICITIES))
     intervals: dict[str, Any] = {"resamples": used, **dict.fromkeys(names)}
-    for name, parts in draws.items():
-        values = np.concatenate(parts)
+    for name in names:
+        values = np.concatenate(draws.get(name, [np.zeros(0)]))
         intervals[name] = np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
     return intervals
 

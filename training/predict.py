@@ -121,8 +121,8 @@ def predict(
             without it.
         binary: write 1 at or above the threshold of the best pF1 on the runs' out-of-fold predictions, and 0 below it,
             instead of probabilities.
-        calibrate: 'temperature' or 'isotonic', fitted on the runs' out-of-fold predictions; an exported model brings
-            its own.
+        calibrate: 'temperature', 'platt' or 'isotonic', fitted on the runs' out-of-fold predictions; an exported model
+            brings its own.
         aggregate: from pictures to a breast, as `open_ensemble` takes it; an exported model brings its own.
         covariates: what the table says of the patient that a breast's probability takes into account, as
             `open_ensemble` takes `names`; an exported model brings its own.

@@ -104,7 +104,9 @@ def subgroups(result: dict[str, Any] | None) -> list[dict[str, Any]]:
                 "value": value,
                 "count": part["count"],
                 "with cancer": part["positives"],
-                **{name: part[name] for name in ("auroc", "average_precision", "pf1", "log_loss")},
+                "auroc": part["auroc"],
+                "95 %": "{:.3f} to {:.3f}".format(*ends) if (ends := part.get("intervals", {}).get("auroc")) else "",
+                **{name: part[name] for name in ("average_precision", "pf1", "log_loss")},
                 "_class": "few" if part["positives"] < FEW else "",
             }
         )

@@ -246,7 +246,9 @@ class Session:
             "bad_samples": bad + len(damaged),
         }
         self._last_epoch = record
-        self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, self.best.stale + 1)
+        # Epochs of smaller pictures cannot be the best that the fold comes to, and use up no patience.
+        stale = self.best.stale + (self._pipeline == training_pipeline(self.config, settings.epochs - 1))
+        self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, stale)
         if self.place.is_main:
             if is_best:
                 self._keep_best(predictions, record)

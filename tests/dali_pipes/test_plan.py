@@ -32,6 +32,19 @@ def test_positives_of_a_balanced_epoch_are_spread_over_all_of_it():
     assert all(positive[start : start + 16].any() for start in range(len(order) - 16))
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "batch"), [(1003, 0.125, 8), (997, 1 / 16, 16), (1001, 0.1, 10), (999, 0.3, 10)]
+)
+def test_no_whole_batch_of_a_balanced_epoch_lacks_its_positives(count, share, batch):
+    """Whatever is left over at the epoch's end, and whatever a share comes to in binary."""
+    labels = (np.arange(count) % 40 == 0).astype(float)
+    plan = Plan(labels, LoaderSettings(positive_share=share, batch_size=batch), seed=3, train=True)
+    order = plan.order(1)[: plan.steps * batch].reshape(-1, batch)
+    positives = labels[order].sum(axis=1)
+    assert positives.min() >= np.floor(share * batch + 1e-6)
+    assert positives.max() <= np.ceil(share * batch)
+
+
 def test_a_balanced_epoch_shows_no_row_twice_more_often_than_another_of_its_class():
     counts = np.bincount(make(positive_share=0.5).order(3), minlength=1000)
     assert np.ptp(counts[:20]) <= 1

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import log_loss
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_auc_score
 
 from preprocessing.errors import InputError, RunError
 from tests.training.untrained import make_run
@@ -30,11 +31,33 @@ def test_the_mixture_that_drew_the_labels_is_found():
     assert fit_weights(labels, predictions) == pytest.approx([0.7, 0.3], abs=0.05)
 
 
+def _recalibrated(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Log loss after scikit-learn's logistic regression on the logits."""
+    logits = np.log(predictions / (1 - predictions))[:, None]
+    return log_loss(labels, LogisticRegression(C=1e9).fit(logits, labels).predict_proba(logits)[:, 1])
+
+
 def test_no_weights_on_a_grid_lose_less():
     labels, predictions = _drawn(300, seed=1)
-    found = log_loss(labels, predictions @ fit_weights(labels, predictions))
-    grid = [log_loss(labels, predictions @ [share, 1 - share]) for share in np.linspace(0, 1, 201)]
-    assert found <= min(grid) + 1e-7
+    found = _recalibrated(labels, predictions @ fit_weights(labels, predictions))
+    grid = [_recalibrated(labels, predictions @ [share, 1 - share]) for share in np.linspace(0, 1, 201)]
+    assert found <= min(grid) + 1e-4 * (max(grid) - min(grid)) + 1e-7
+
+
+@pytest.mark.parametrize("prior", [0.02, 0.125, 0.5])
+def test_how_a_runs_epochs_were_balanced_does_not_decide_how_much_it_counts(prior: float):
+    """The weaker run says probabilities of the data's own prevalence, say, the stronger those of balanced epochs."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(24_000) < 0.02).astype(float)
+
+    def run(separation: float, prior: float) -> np.ndarray:
+        seen = rng.normal(separation * (labels - 0.5), 1)
+        return 1 / (1 + np.exp(-(separation * seen + np.log(prior / (1 - prior)))))
+
+    predictions = np.stack([run(1.0, prior), run(2.2, 0.5)], axis=1)
+    auroc = [roc_auc_score(labels, predictions @ weights) for weights in (fit_weights(labels, predictions), [0.5, 0.5])]
+    strong = roc_auc_score(labels, predictions[:, 1])
+    assert auroc[0] >= max(strong, auroc[1]) - 0.001
 
 
 def test_a_run_that_knows_nothing_counts_for_nothing():

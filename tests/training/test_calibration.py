@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 
 from preprocessing.errors import RunError
@@ -34,6 +35,19 @@ def test_the_temperature_of_too_sure_predictions_is_found(temperature: float):
     assert roc_auc_score(labels, calibrated) == pytest.approx(roc_auc_score(labels, predictions), abs=1e-9)
 
 
+def test_platt_undoes_both_what_balanced_epochs_did_to_the_prior_and_too_much_certainty():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-4.5, 1.5, 50_000)
+    labels = (rng.random(50_000) < 1 / (1 + np.exp(-logits))).astype(float)
+    predictions = 1 / (1 + np.exp(-(logits + 3.9) * 2))  # as of epochs with as many positives as negatives
+    found = fit("platt", labels, predictions)
+    reference = LogisticRegression(C=1e9).fit(np.log(predictions / (1 - predictions))[:, None], labels)
+    assert 1 / found.temperature == pytest.approx(reference.coef_.item(), rel=0.01)
+    assert found.bias == pytest.approx(reference.intercept_.item(), rel=0.01)
+    assert found(predictions).mean() == pytest.approx(labels.mean(), rel=0.01)
+    assert fit("temperature", labels, predictions)(predictions).mean() > 5 * labels.mean()
+
+
 def test_isotonic_is_that_of_scikit_learn():
     labels, predictions = _drawn(3.0, 500)
     found = fit("isotonic", labels, predictions)
@@ -43,7 +57,7 @@ def test_isotonic_is_that_of_scikit_learn():
     assert (np.diff(found(asked)) >= 0).all()
 
 
-@pytest.mark.parametrize("method", ["none", "temperature", "isotonic"])
+@pytest.mark.parametrize("method", ["none", "temperature", "platt", "isotonic"])
 def test_a_calibration_survives_json_and_keeps_to_probabilities(method):
     labels, predictions = _drawn(2.0, 300)
     found = fit(method, labels, predictions)

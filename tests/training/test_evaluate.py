@@ -76,7 +76,8 @@ def test_the_threshold_of_a_fold_is_chosen_on_the_others(tmp_path):
 def test_a_threshold_that_is_good_for_the_others_alone_is_bad_for_the_fold():
     breasts = pd.DataFrame({"fold": [0, 0, 1, 1], "cancer": [0.0, 1, 0, 1], "prediction": [0.1, 0.2, 0.8, 0.9]})
     # Fold 0's threshold finds both of fold 1's, fold 1's none of fold 0's; chosen on all of them it would be 0.8.
-    assert evaluate._cross_thresholded(breasts) == 0.5
+    assert evaluate._cross_thresholded(breasts)["prediction"].tolist() == [0, 0, 1, 1]
+    assert evaluate._cross_thresholded(breasts.assign(fold=0)) is None
 
 
 def test_an_unstable_threshold_is_warned_of_and_a_clear_one_is_not(tmp_path):
@@ -93,6 +94,20 @@ def test_subgroups_cover_every_breast_once_in_each_group(tmp_path):
     counts = pd.DataFrame(found["subgroups"]).groupby("group")["count"].sum()
     breasts, pictures = found["breast"]["count"], found["picture"]["count"]
     assert counts.to_dict() == dict.fromkeys(evaluate.BREAST_GROUPS, breasts) | {"view": pictures}
+
+
+def test_a_machines_figures_have_the_interval_of_its_own_patients(tmp_path):
+    frame = _frame()
+    found = evaluate.evaluate(_write_run(tmp_path, frame), resamples=50)
+    (part,) = (part for part in found["subgroups"] if (part["group"], part["value"]) == ("machine_id", "29"))
+    breasts = metrics.per_breast(frame)
+    assert part["intervals"] == metrics.bootstrap(breasts[breasts["machine_id"] == "29"], 50)
+    low, high = part["intervals"]["auroc"]
+    assert low < part["auroc"] < high
+    table = pd.read_csv(tmp_path / "metrics.csv", dtype={"value": str})
+    row = table[(table["group"] == "machine_id") & (table["value"] == "29")].iloc[0]
+    assert (row["auroc_low"], row["auroc_high"]) == pytest.approx((low, high))
+    assert table.loc[table["level"] == "picture", "auroc_low"].isna().any(), "not asked for of all pictures"
 
 
 def test_machines_that_training_never_saw_stand_beside_the_others(tmp_path):
@@ -144,8 +159,11 @@ def test_headline_has_one_row_a_figure_with_its_interval(tmp_path):
     assert 0.5 < float(auroc["value"]) < 1
     figures = [row["figure"] for row in rows]
     honest = figures.index("pF1, each fold at the others' best threshold (per breast)")
-    assert figures[honest - 1] == "pF1 at the best threshold (per breast)"
+    assert figures[honest - 1] == "pF1 at the threshold that is best here (per breast)"
+    assert rows[honest - 1]["95 % interval"] == "", "each resample would have another threshold"
     assert 0 < float(rows[honest]["value"]) <= float(rows[honest - 1]["value"])
+    low, high = map(float, rows[honest]["95 % interval"].split(" to "))
+    assert low < float(rows[honest]["value"]) < high
     assert " to " in auroc["95 % interval"]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from preprocessing.errors import ConfigError
 from tests.training import fakes
-from training import fit, runs
+from training import fit, runs, session
 from training.build import build_parts
 from training.config import load_config
 from training.distributed import World
@@ -52,6 +54,15 @@ def test_a_damaged_tile_counts_once_in_all_sizes(tmp_path, monkeypatch):
     fit.fit(config, fakes.make_store(tmp_path / "store"), 0, tmp_path / "run")
     records = runs.open_run(tmp_path / "run").folds[0].records("epoch")
     assert [record["bad_samples"] for record in records] == [2, 2]
+
+
+def test_epochs_of_small_pictures_use_up_no_patience(tmp_path, monkeypatch):
+    fakes.use_fakes(monkeypatch)
+    monkeypatch.setattr(session, "_is_better", lambda value, best, metric: math.isnan(best))  # the first epoch's alone
+    told = ("train.progressive=[0.5,1]", "train.epochs=6", "train.patience=2")
+    config = fakes.small_config(*told, "pipeline.height=64", "pipeline.width=64")
+    found = fit.fit(config, fakes.make_store(tmp_path / "store"), 0, tmp_path / "run")
+    assert (found.stopped_early, found.epochs) == (True, 5)  # three of 32 pixels, and two without a better one
 
 
 def test_without_shares_every_epoch_is_at_full_size():

@@ -154,8 +154,8 @@ def test_evaluation_shows_both(tmp_path: Path):
     assert found["breast"]["auroc"] > alone + 0.02
     assert found["picture"]["auroc"] == pytest.approx(alone)
     written = pd.read_csv(tmp_path / "out_of_fold.csv", dtype={"prediction_id": str}).set_index("prediction_id")
-    np.testing.assert_array_equal(
-        written.loc[breasts["prediction_id"], "pictures"], breasts["prediction"].to_numpy(np.float64)
+    np.testing.assert_allclose(
+        written.loc[breasts["prediction_id"], "pictures"], breasts["prediction"].to_numpy(np.float64), rtol=1e-13
     )
     shown = [row["value"] for row in evaluate.headline(found) if row["figure"] == "judged by"]
     assert shown == [

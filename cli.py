@@ -85,7 +85,7 @@ _covariates = click.option(
     "--covariates",
     default=None,
     metavar="age,...|none",
-    help="What the table says of the patient that probabilities take into account: age, implant.  [default: the run's]",
+    help="Facts about the patient in the table to take into account: age, implant.  [default: the run's]",
 )
 _device = click.option("--device", default=None, help="'cpu', 'cuda', 'cuda:N' or 'auto' (the default).")
 _decode_on = click.option(
@@ -179,6 +179,13 @@ def synth(ctx: click.Context, out: Path, patients: int, seed: int, size: Any, co
     help="Frame to take from multi-frame files, which are rejected without it.",
 )
 @_decode_on
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another setting of the conversion, such as memory_mb=8192, timeout_s=300 or crop_margin=0.02; repeatable.",
+)
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes; 0 takes one a core.")
 @click.option(
     "--scheduler", default=None, metavar="ADDRESS", help="A dask.distributed scheduler, to convert on a cluster."
@@ -197,6 +204,7 @@ def convert(
     no_crop: bool,
     frame: int | None,
     decode_on: str,
+    overrides: tuple[str, ...],
     workers: int,
     scheduler: str | None,
     repair: bool,
@@ -209,7 +217,7 @@ def convert(
     from preprocessing import convert as conversion
     from preprocessing import gpu_decode
     from preprocessing.settings import GPU_CODEC, ConvertSettings
-    from training.config import checked
+    from training.config import assigned, checked
     from training.monitor import watched
 
     if images is None:
@@ -223,7 +231,8 @@ def convert(
         "frame": frame,
         "decode_on": decode_on,
     }
-    settings = checked(ConvertSettings, {name: value for name, value in given.items() if value is not None}, "convert")
+    given = {name: value for name, value in given.items() if value is not None} | assigned(overrides)
+    settings = checked(ConvertSettings, given, "convert", overrides)
     with _console(ctx) as console, watched(console, "Converting", "files", "convert", out) as (_, advance):
         summary = conversion.convert(
             images,
@@ -261,7 +270,7 @@ def verify(ctx: click.Context, store: Path) -> None:
     click.echo(f"{store}: {len(opened.manifest)} pictures, {len(problems)} damaged tiles.")
     if problems:
         click.echo(
-            f"Mend them with: python cli.py convert --repair --out {store}, and the --images and --csv that made it"
+            f"Repair them with: python cli.py convert --repair --out {store}, and the --images and --csv that made it"
         )
         ctx.exit(1)
 
@@ -269,7 +278,9 @@ def verify(ctx: click.Context, store: Path) -> None:
 @main.command("augment-preview")
 @_store
 @click.option("--out", type=_PATH, default=Path("augment.png"), show_default=True, help="PNG to write.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the changes drawn.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Seed of the random changes."
+)
 @_config
 @_set
 def augment_preview(store: Path, out: Path, seed: int, config_source: str | None, overrides: tuple[str, ...]) -> None:
@@ -342,7 +353,7 @@ def train(
 ) -> None:
     """Train one fold, or all of them."""
     from training.config import load_config
-    from training.workflow import train_folds
+    from training.fit import fit_folds
 
     if device:
         overrides = (*overrides, f"train.device={device}")
@@ -354,7 +365,7 @@ def train(
         data = config.data.model_copy(update={"extra_stores": tuple(map(str, extra_stores))})
         config = config.model_copy(update={"data": data})
     with _console(ctx, out) as console:
-        for summary in train_folds(config, store, _fold_numbers(fold), out, resume=resume, console=console):
+        for summary in fit_folds(config, store, _fold_numbers(fold), out, resume=resume, console=console):
             if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
                 click.echo(summary)
 
@@ -412,7 +423,23 @@ def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None
 @_aggregate
 @_covariates
 @click.option("--batch-size", type=click.IntRange(1), default=None, help="Pictures a batch.  [default: the runs' own]")
-@click.option("--explain", type=_PATH, default=None, metavar="DIR", help="Draw where the models looked, and box it.")
+@click.option(
+    "--explain", type=_PATH, default=None, metavar="DIR", help="Draw overlays and boxes of where the models looked."
+)
+@click.option(
+    "--explain-threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Of the pictures that --explain draws, the least probability.",
+)
+@click.option(
+    "--explain-method",
+    type=click.Choice(["attention", "gradcam"]),
+    default="attention",
+    show_default=True,
+    help="Where the pooling looked, or what raised the probability.",
+)
 @_decode_on
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding processes; 0 takes one a core.")
 @_device
@@ -435,6 +462,8 @@ def predict(
     covariates: str | None,
     batch_size: int | None,
     explain: Path | None,
+    explain_threshold: float,
+    explain_method: Any,
     decode_on: Any,
     workers: int,
     device: str | None,
@@ -459,7 +488,7 @@ def predict(
         summary = prediction.predict(
             list(runs) or ([] if models else [RUN]),
             out,
-            model=models,
+            models=models,
             store=store,
             images=images,
             csv=table,
@@ -474,6 +503,8 @@ def predict(
             columns=columns,
             batch_size=batch_size,
             explain=explain,
+            explain_threshold=explain_threshold,
+            explain_method=explain_method,
             workers=workers,
             decode_on=decode_on,
             progress=advance,
@@ -500,7 +531,7 @@ def _weights(text: str | None) -> Any:
 @_aggregate
 @_covariates
 def export(runs: Path, out: Path | None, calibrate: Any, aggregate: Any, covariates: str | None) -> None:
-    """Write a run as ONNX and torch.export models, checked, with all that it takes to use them."""
+    """Write a run as ONNX and torch.export models, verified, with everything needed to use them."""
     from training import export as exporting
     from training.covariates import parse_names
 
@@ -540,7 +571,7 @@ def features(
 @_device
 @click.pass_context
 def analyse(ctx: click.Context, config_source: str | None, overrides: tuple[str, ...], device: str | None) -> None:
-    """Say what the configured model costs for one picture, stage by stage: parameters, FLOPs, memory, time."""
+    """Show what the configured model costs per picture, by stage: parameters, FLOPs, memory, time."""
     from training.analysis import analyse_config, as_rows
     from training.config import load_config
 

@@ -38,7 +38,13 @@ def configuration() -> str:
             if not isinstance(getattr(value, name), BaseModel):
                 full = f"{path}.{name}" if path else name
                 lines.append(f"| `{full}` | `{_shown(getattr(value, name))}` | {field.description} |")
-    lines += ["", "## convert", *_summary(ConvertSettings), "", "| setting | default | what it is |", "|---|---|---|"]
+    lines += [
+        "",
+        "## convert",
+        *_summary(ConvertSettings),
+        "Set a value with `convert --set NAME=VALUE`, or by its option.",
+    ]
+    lines += ["", "| setting | default | what it is |", "|---|---|---|"]
     for name, field in ConvertSettings.model_fields.items():
         lines.append(f"| `{name}` | `{_shown(field.default)}` | {field.description} |")
     return "\n".join(lines) + "\n"

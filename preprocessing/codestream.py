@@ -128,7 +128,7 @@ def ends_in_background(data: bytes, columns: int) -> bool:
     """
     tables: dict[int, tuple[int, int]] = {}
     table = 0
-    for marker, start, length in _segments(data):
+    for marker, start, length in jpeg_segments(data):
         if marker == 0xC4:
             tables |= _zero_codes(data[start : start + length])
         if marker == 0xDA:
@@ -147,7 +147,7 @@ def ends_in_background(data: bytes, columns: int) -> bool:
     return len(text) < 64 or any(wanted[shift : shift + len(text)] == text for shift in range(bits))
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker code, start and length of each marker segment's content up to the first scan's."""
     position = 2
     while True:
@@ -175,7 +175,7 @@ def _inspect_jpeg(data: bytes) -> Codestream:
     if data[:2] != b"\xff\xd8":
         raise Rejection(Reason.DECODE_FAILED, "the frame begins as no known codestream does")
     found = None
-    for marker, start, _ in _segments(data):
+    for marker, start, _ in jpeg_segments(data):
         if marker in _OTHER_SOF:
             raise Rejection(Reason.UNSUPPORTED_TRANSFER_SYNTAX, f"JPEG process SOF{marker - 0xC0}")
         if marker in _SOF:

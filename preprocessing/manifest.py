@@ -224,7 +224,7 @@ def _checked(table: pa.Table, levels: tuple[str, ...]) -> pa.Table:
             raise ValueError(f"no column {field.name}")
         column = table.column(at)
         if column.null_count and field.name == "image_id":
-            raise ValueError(f"{field.name} lacks in {column.null_count} rows")
+            raise ValueError(f"{field.name} is missing in {column.null_count} rows")
         if column.type != field.type:
             column = column.cast(field.type)
         if column.null_count and field.type == pa.string():

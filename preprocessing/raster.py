@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tifffile import TiffFile
 
+from preprocessing.codestream import jpeg_segments
 from preprocessing.dicom_facts import Header
 from preprocessing.dicom_header import Source
 from preprocessing.guard import Reason, Rejection, check_size
@@ -78,21 +79,13 @@ def _check_png(data: bytes, max_pixels: int) -> None:
 
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
     """The size in the frame header is possible, and there is an end marker (ISO/IEC 10918-1 B)."""
-    position = 2
-    while position + 9 <= len(data):
-        if data[position] != 0xFF:
-            raise Rejection(Reason.DECODE_FAILED, "damaged JPEG markers")
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
+    for marker, start, _ in jpeg_segments(data):
         if marker in _SOF:
-            rows, columns = unpack_from(">HH", data, position + 5)
+            rows, columns = unpack_from(">HH", data, start + 1)
             check_size(rows, columns, max_pixels)
-            if data.rfind(b"\xff\xd9") < position:
+            if data.rfind(b"\xff\xd9") < start:
                 raise Rejection(Reason.TRUNCATED, "the JPEG has no end marker")
             return
-        position += 2 + unpack_from(">H", data, position + 2)[0]
     raise Rejection(Reason.TRUNCATED, "the JPEG ends within its header")
 
 

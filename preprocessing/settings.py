@@ -44,7 +44,7 @@ class ConvertSettings(BaseModel):
         default=120.0, gt=0, description="Seconds after which the decoding of one file is given up."
     )
     memory_mb: int = Field(
-        default=4096, ge=512, description="Address space in MiB that one worker may use over its start."
+        default=4096, ge=512, description="MiB of address space a worker may use beyond what it starts with."
     )
     max_pixels: int = Field(default=120_000_000, ge=1, description="Pictures with more pixels than this are rejected.")
 

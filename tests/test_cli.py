@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
-from preprocessing.errors import InputError
+from preprocessing.errors import InputError, UserError
+from preprocessing.manifest import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -281,6 +282,33 @@ def test_wrong_settings_are_named(work, tmp_path, setting):
     message = fails("train", "--store", work / "store", "--out", tmp_path / "r", "--set", setting)
     assert setting.split("=")[0] in message
     assert not (tmp_path / "r").exists()
+
+
+def test_every_setting_of_a_conversion_can_be_set(work, tmp_path):
+    images = work / "rsna" / "test_images"
+    told = ("convert", "--images", images, "--out", tmp_path / "store", "--codec", "none", "-q")
+    assert "--set: unknown setting 'max_pixelz'" in fails(*told, "--set", "max_pixelz=1")
+    assert "memory_mb" in fails(*told, "--set", "memory_mb=little")
+    assert not (tmp_path / "store").exists()
+    small = call(*told, "--set", "max_pixels=100", "--set", "tile=64")
+    rejected = pd.read_csv(tmp_path / "store" / "rejected.csv")
+    assert set(rejected["reason"]) == {"too_large"}, small.output
+    assert "tile = 64" in fails(*told), "a store keeps what changes its bytes"
+    assert call(*told, "--set", "tile=64").exit_code == 0
+    store = open_store(tmp_path / "store")
+    assert (len(store.manifest), store.settings.tile) == (len(rejected), 64)
+
+
+def test_what_is_explained_can_be_chosen(monkeypatch, tmp_path):
+    asked = {}
+
+    def predict(*arguments, **told):
+        asked.update(told)
+        raise UserError("enough")
+
+    monkeypatch.setattr("training.predict.predict", predict)
+    fails("predict", "--explain", tmp_path, "--explain-threshold", "0.02", "--explain-method", "gradcam")
+    assert (asked["explain"], asked["explain_threshold"], asked["explain_method"]) == (tmp_path, 0.02, "gradcam")
 
 
 def test_traceback_is_shown_on_request(tmp_path):

@@ -14,7 +14,7 @@ BUSY_CORES = 0.85  # share of this machine's cores above which they are what lim
 
 _MORE_DATA: Mapping[Job, str] = {
     "train": "try data.loader.cache=host, more data.loader.threads, or a store with codec none",
-    "predict": "give it more cores; raw files that are predicted more than once had better be converted (--store)",
+    "predict": "give it more cores; if you predict the same files more than once, convert them first (--store)",
     "convert": "give it more cores, or machines with --scheduler",
 }
 _IDLE_GPU: Mapping[Job, str] = {

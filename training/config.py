@@ -119,7 +119,9 @@ class TrainSettings(_Settings):
         "minute for a large model, worth it for a long run.",
     )
     grad_clip: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0 is off.")
-    accumulate: int = Field(default=1, ge=1, description="Steps whose gradients are added up.")
+    accumulate: int = Field(
+        default=1, ge=1, description="Batches whose gradients are accumulated for each optimiser step."
+    )
     ema_decay: float = Field(
         default=0.0,
         ge=0,
@@ -238,6 +240,18 @@ def load_config(source: str | Path | None = None, overrides: tuple[str, ...] = (
     for path, value, where in assignments:
         _assign(tree, path, value, where)
     return checked(Config, tree, str(source) if source is not None else "the configuration", overrides)
+
+
+def assigned(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree that `a.b=c` assignments come to by themselves.
+
+    Raises:
+        ConfigError: one is no assignment.
+    """
+    tree: dict[str, Any] = {}
+    for path, value, where in map(_assignment, overrides):
+        _assign(tree, path, value, where)
+    return tree
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

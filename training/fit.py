@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,21 @@ def fit(
             return session.run()
 
 
+def fit_folds(
+    config: Config, store: Path, numbers: Sequence[int] | None, out: Path, *, resume: bool, console: Any
+) -> Iterator[FitSummary]:
+    """Train the folds named, or all of the store's, one after the other; yields each fold's summary as it ends."""
+    opened = open_store(store)
+    with world(pick_device(config.train.device)) as place:  # torchrun's processes meet once for all folds
+        if numbers is None:
+            if place.is_main:
+                folds.read_or_make_folds(opened, config.data)
+            place.barrier()
+            numbers = sorted(folds.read_folds(opened)["fold"].unique())
+        for fold in numbers:
+            yield fit(config, opened, int(fold), out, resume=resume, command=shlex.join(sys.argv), console=console)
+
+
 def split(store: Store, data: DataSettings, fold: int, place: World | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows to train on, `data.extra_stores`' among them, and to validate on, each with a fresh index; without label:
     none.
@@ -127,12 +145,12 @@ def split(store: Store, data: DataSettings, fold: int, place: World | None = Non
         training = pd.concat(parts, ignore_index=True)
     training = _limit(training, most)
     held_out = _limit(rows[rows["fold"] == fold], data.max_images)
-    for name, part in (("training on", training), ("validating on", held_out)):
+    for name, part in (("to train on", training), ("to validate on", held_out)):
         breasts = part.groupby("prediction_id")["cancer"].max()
         positives = int((breasts == 1).sum())
         if not 0 < positives < len(breasts):
             raise InputError(
-                f"--fold {fold}: {name} it needs breasts with and without cancer; found {positives} with and "
+                f"--fold {fold}: breasts with and without cancer are needed {name}; found {positives} with and "
                 f"{len(breasts) - positives} without. Make other folds (folds --set data.folds=...) or bring more data."
             )
     return training, held_out
@@ -190,7 +208,7 @@ def _look(folder: Path, config: Config, store: Store, resume: bool) -> FitSummar
             raise RunError(
                 f"{folder}: finished, but {name} is gone. Restore it, or train the fold again into another folder."
             )
-    again = "Remove it, and --resume writes it anew."
+    again = "Delete it, and --resume will recreate it."
     try:
         summary = replace(FitSummary(**run_files.read_json(folder / runs.SUMMARY, again)), folder=str(folder))
     except TypeError:

@@ -84,9 +84,8 @@ def _freeze(backbone: nn.Module, settings: ModelSettings) -> None:
 
 
 def require_sizes(model: MammoModel, channels: int, sizes: Collection[tuple[int, int]]) -> None:
-    """See that the model takes pictures of these sizes (height and width), by sending a black one of each through it.
-
-    Parameters that no output depends on, parts of a head that is not used here, are taken out of training by the way:
+    """See that the model takes pictures of these sizes (height and width), by sending a black one of each through it,
+    and leave parameters that no output depends on, parts of a head that is not used here, out of training:
     DistributedDataParallel would wait for their gradients. The model is left in evaluation mode.
 
     Raises:

@@ -105,7 +105,7 @@ class TrainingMonitor:
             yield
         except Exception as error:  # noqa: BLE001 - a server that is away; each tracker has errors of its own
             self._trackers.remove(tracker)
-            log.warning("%s failed and is left out from here on: %s", type(tracker).__name__, error)
+            log.warning("%s failed and is disabled for the rest of the run: %s", type(tracker).__name__, error)
 
     def _append(self, line: str) -> None:
         if self._path is None or not self._path.parent.is_dir():

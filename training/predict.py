@@ -82,7 +82,7 @@ def predict(
     folders: Sequence[Path],
     out: Path,
     *,
-    model: Path | Sequence[Path] | None = None,
+    models: Sequence[Path] = (),
     store: Path | None = None,
     images: Path | None = None,
     csv: Path | None = None,
@@ -107,10 +107,9 @@ def predict(
     """Write a submission from runs and pictures.
 
     Args:
-        folders: run folders, or single folds of them; their folds are averaged. Empty where `model` is given.
+        folders: run folders, or single folds of them; their folds are averaged. Empty where `models` are given.
         out: the submission.
-        model: instead of runs, an exported `model.onnx`, or several, which are averaged; they need neither the runs nor
-            timm.
+        models: instead of runs, exported ones (`model.onnx`), which are averaged; they need neither the runs nor timm.
         store: predict a store's pictures; with `csv`, those that it names, in its order.
         images: or predict a folder of raw pictures, as a stream; without `csv` ids and sides come from the files.
         csv: the pictures' table, one row a picture. Labels are not needed and not looked at.
@@ -146,26 +145,12 @@ def predict(
     """
     if (store is None) == (images is None):
         raise InputError("predict takes either a store (--store) or a folder of pictures (--images).")
-    if out.is_dir():
-        raise InputError(f"{out}: a folder; name the file to write, such as {out / 'submission.csv'}.")
-    models = [model] if isinstance(model, Path) else list(model or ())
-    if models and folders:
-        raise InputError("predict takes runs (--runs) or exported models (--model), not both.")
-    if models and isinstance(weights, str):
-        raise InputError("--weights fitted needs the runs (--runs): exported models carry no out-of-fold predictions.")
-    if len(models) > 1 and binary:
-        raise InputError("--binary: no threshold was chosen for the mean of several exported models; use their runs.")
-    if models and (calibrate != "none" or aggregate != "run" or covariates is not None):
-        raise InputError(
-            "--calibrate, --aggregate and --covariates are chosen when a model is exported; leave them out here."
-        )
-    if models and explain is not None:
-        raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
-    if out.name in (IMAGES, PROBLEMS, SETTINGS):
-        raise InputError(f"{out}: another file of this name is written beside the submission; give that another one.")
-    names = {out.with_name(name).resolve() for name in (out.name, IMAGES, PROBLEMS, SETTINGS)}
-    if csv is not None and csv.resolve() in names:
-        raise InputError(f"{csv}: this is the pictures' table, and would be written over; take another --out.")
+    _require_free(out, csv)
+    if models:
+        if folders:
+            raise InputError("predict takes runs (--runs) or exported models (--model), not both.")
+        chosen = calibrate != "none" or aggregate != "run" or covariates is not None
+        _require_of_models(len(models), weights, binary, chosen, explain)
     listed = tables.read_table(csv, columns, labels=False) if csv is not None else None
     with ExitStack() as held:
         if store is not None:
@@ -219,6 +204,31 @@ def predict(
             prior=ensemble.prior,
             of_mean=written.of_mean,
         )
+
+
+def _require_free(out: Path, csv: Path | None) -> None:
+    """See that the submission, and what is written beside it, takes the place of nothing else."""
+    if out.is_dir():
+        raise InputError(f"{out}: a folder; name the file to write, such as {out / 'submission.csv'}.")
+    if out.name in (IMAGES, PROBLEMS, SETTINGS):
+        raise InputError(f"{out}: another file of this name is written beside the submission; give that another one.")
+    names = {out.with_name(name).resolve() for name in (out.name, IMAGES, PROBLEMS, SETTINGS)}
+    if csv is not None and csv.resolve() in names:
+        raise InputError(f"{csv}: this is the pictures' table, and would be written over; take another --out.")
+
+
+def _require_of_models(count: int, weights: Weights, binary: bool, chosen: bool, explain: Path | None) -> None:
+    """Refuse what exported models cannot do; `chosen`: something that is chosen when a model is exported."""
+    if isinstance(weights, str):
+        raise InputError("--weights fitted needs the runs (--runs): exported models carry no out-of-fold predictions.")
+    if count > 1 and binary:
+        raise InputError("--binary: no threshold was chosen for the mean of several exported models; use their runs.")
+    if chosen:
+        raise InputError(
+            "--calibrate, --aggregate and --covariates are chosen when a model is exported; leave them out here."
+        )
+    if explain is not None:
+        raise InputError("--explain needs the runs (--runs): an exported model gives probabilities alone.")
 
 
 def _open(

@@ -174,7 +174,7 @@ def mismatch(folder: Path, config: Config, store: Store) -> list[str]:
     if not store.is_known_as(begun_on):
         found.append(f"store: fingerprint {str(begun_on)[:12]} there, {store.fingerprint[:12]} now ({store.root})")
     elif environment.held_out not in (None, held_out_digest(store, environment.fold)):
-        found.append(f"folds: fold {environment.fold} of {store.root} holds other pictures out than it did")
+        found.append(f"folds: fold {environment.fold} of {store.root} now holds out different pictures")
     begun_with, now_there = environment.facts_read, facts_trained_on(store, config)
     if begun_with.get(EXTRA) != now_there.get(EXTRA):
         found.append("data.extra_stores: other pictures there than it was begun with, or in another order")

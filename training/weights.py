@@ -203,7 +203,7 @@ def _fill(model: MammoModel, state: dict[str, Tensor], in_chans: int, where: str
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     if wrong:
         raise InputError(
-            f"{where}: its weights do not fit the backbone: {len(wrong)} of {len(own)} tensors lack or differ in "
-            f"shape, {wrong[0]} first."
+            f"{where}: its weights do not fit the backbone: {len(wrong)} of {len(own)} tensors are missing or differ "
+            f"in shape, {wrong[0]} first."
         )
     backbone.load_state_dict({key: state[key] for key in own})

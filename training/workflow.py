@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ from training import evaluate as evaluation
 from training import fit, folds, predict, report, run_files, runs
 from training.config import Config
 from training.console import Console
-from training.device import pick_device
-from training.distributed import world
 from training.environment import facts_trained_on
 from training.monitor import watched
 
@@ -48,7 +46,6 @@ class Job:
     submission: Path
     report: Path
     config: Config
-    settings: ConvertSettings = field(default_factory=ConvertSettings)
 
 
 @dataclass(frozen=True)
@@ -72,21 +69,6 @@ class Outcome:
         return "\n".join(lines)
 
 
-def train_folds(
-    config: Config, store: Path, numbers: Sequence[int] | None, out: Path, *, resume: bool, console: Console
-) -> Iterator[fit.FitSummary]:
-    """Train the folds named, or all of the store's, one after the other; yields each fold's summary as it ends."""
-    opened = open_store(store)
-    with world(pick_device(config.train.device)) as place:  # torchrun's processes meet once for all folds
-        if numbers is None:
-            if place.is_main:
-                folds.read_or_make_folds(opened, config.data)
-            place.barrier()
-            numbers = sorted(folds.read_folds(opened)["fold"].unique())
-        for fold in numbers:
-            yield fit.fit(config, opened, int(fold), out, resume=resume, command=shlex.join(sys.argv), console=console)
-
-
 def run_all(job: Job, console: Console) -> Outcome:
     """Do the whole job, or what of it is not done yet.
 
@@ -98,7 +80,7 @@ def run_all(job: Job, console: Console) -> Outcome:
         if not path.exists():
             raise InputError(f"{path}: not there. Make a synthetic data set with: python cli.py synth")
     if not job.test_table.exists():
-        console.print(f"{job.test_table}: no such CSV file, so that nothing is predicted.")
+        console.print(f"{job.test_table}: no such CSV file; nothing will be predicted.")
     elif not job.test_images.is_dir():
         raise InputError(f"{job.test_images}: no such folder of pictures to predict.")
     converted = steps.always("convert", lambda: _convert(job, console))
@@ -135,7 +117,7 @@ def run_all(job: Job, console: Console) -> Outcome:
         "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
     )
     files |= {"report": job.report, "metrics": metrics, "store": job.store, "runs": job.run}
-    headline = evaluation.headline(run_files.read_json(metrics, "Remove it, and it is made anew."))
+    headline = evaluation.headline(run_files.read_json(metrics, "Delete it, and it will be recreated."))
     return Outcome(
         headline=[{"": str(converted)}, *headline],
         files=files,
@@ -176,7 +158,7 @@ def _listing(folder: Path) -> Iterator[str]:
 def _convert(job: Job, console: Console) -> conversion.ConvertSummary:
     # A store that is there keeps its own levels and codec, which `convert` was asked for.
     there = (job.store / "store.json").is_file()
-    settings = open_store(job.store, finished=False).settings if there else job.settings
+    settings = open_store(job.store, finished=False).settings if there else ConvertSettings()
     with watched(console, "Converting", "files", "convert", job.store) as (_, advance):
         return conversion.convert(job.images, job.table, job.store, settings, progress=advance)
 

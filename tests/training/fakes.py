@@ -23,7 +23,7 @@ import torch
 
 from preprocessing.manifest import STORE_VERSION, Store, open_store, schema
 from preprocessing.settings import ConvertSettings
-from training import checkpoint, fit, session, workflow
+from training import checkpoint, fit, session
 from training.config import load_config
 
 SIZE = 32
@@ -238,7 +238,7 @@ def main() -> None:
         kill_at(moment)
     config = small_config(*overrides)
     if os.environ.get("FOLDS") == "all":
-        for summary in workflow.train_folds(config, Path(store), None, Path(out), resume=True, console=None):
+        for summary in fit.fit_folds(config, Path(store), None, Path(out), resume=True, console=None):
             print(summary)  # noqa: T201
     else:
         print(fit.fit(config, store, 0, Path(out), resume=True))  # noqa: T201

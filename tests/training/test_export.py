@@ -133,7 +133,7 @@ def test_without_a_threshold_no_breast_is_called(exported: Path, data: Path, tmp
     shutil.copytree(exported, tmp_path / "out")
     path = tmp_path / "out" / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": None}))
-    source = {"folders": [], "model": tmp_path / "out", "store": data / "store", "device": "cpu"}
+    source = {"folders": [], "models": [tmp_path / "out"], "store": data / "store", "device": "cpu"}
     predict(out=tmp_path / "s.csv", **source)
     with pytest.raises(InputError, match="--binary: no threshold was chosen"):
         predict(out=tmp_path / "binary.csv", binary=True, **source)
@@ -143,7 +143,7 @@ def test_without_a_threshold_no_breast_is_called(exported: Path, data: Path, tmp
 def test_a_submission_of_the_exported_model_is_that_of_the_run(
     run: Path, exported: Path, data: Path, tmp_path: Path, tta: bool
 ):
-    for name, source in (("torch", {"folders": [run]}), ("onnx", {"folders": [], "model": exported / "model.onnx"})):
+    for name, source in (("torch", {"folders": [run]}), ("onnx", {"folders": [], "models": [exported / "model.onnx"]})):
         summary = predict(**source, out=tmp_path / name / "s.csv", store=data / "store", device="cpu", tta=tta)
         assert summary.exit_code == 0
     torch_s, onnx_s = (pd.read_csv(tmp_path / name / "s.csv") for name in ("torch", "onnx"))
@@ -157,7 +157,7 @@ import sys
 from pathlib import Path
 from training.predict import predict
 model, store, out = (Path(each) for each in {[str(exported), str(data / "store"), str(tmp_path / "s.csv")]})
-predict([], out, model=model, store=store, device="cpu")
+predict([], out, models=[model], store=store, device="cpu")
 loaded = {{"timm", "torchvision", "training.model", "training.loop", "training.build"}} & set(sys.modules)
 assert not loaded, loaded
 """
@@ -188,16 +188,16 @@ def test_a_damaged_or_missing_model_is_refused_by_name(exported: Path, tmp_path:
 
 def test_runs_and_a_model_or_explaining_a_model_are_refused(run: Path, exported: Path, data: Path, tmp_path: Path):
     with pytest.raises(InputError, match="not both"):
-        predict([run], tmp_path / "s.csv", model=exported, store=data / "store")
+        predict([run], tmp_path / "s.csv", models=[exported], store=data / "store")
     with pytest.raises(InputError, match="--explain"):
-        predict([], tmp_path / "s.csv", model=exported, store=data / "store", explain=tmp_path / "x")
+        predict([], tmp_path / "s.csv", models=[exported], store=data / "store", explain=tmp_path / "x")
 
 
 def test_a_store_converted_otherwise_is_refused(exported: Path, data: Path, tmp_path: Path):
     other = SETTINGS.model_copy(update={"crop_margin": 0.1})
     convert(data / "test_images", data / "test.csv", tmp_path / "store", other, workers=1)
     with pytest.raises(StoreError, match="crop_margin"):
-        predict([], tmp_path / "s.csv", model=exported, store=tmp_path / "store", device="cpu")
+        predict([], tmp_path / "s.csv", models=[exported], store=tmp_path / "store", device="cpu")
 
 
 def test_the_calibration_goes_with_the_model_and_changes_the_submission(
@@ -211,11 +211,11 @@ def test_the_calibration_goes_with_the_model_and_changes_the_submission(
     assert opened.threshold == wanted.threshold
     cancers = []
     for name in (exported, tmp_path / "export"):
-        predict([], tmp_path / "s.csv", model=name, store=data / "store", device="cpu")
+        predict([], tmp_path / "s.csv", models=[name], store=data / "store", device="cpu")
         cancers.append(pd.read_csv(tmp_path / "s.csv")["cancer"].to_numpy())
     np.testing.assert_allclose(cancers[1], opened.calibration(cancers[0]), atol=1e-9)
     with pytest.raises(InputError, match="--calibrate"):
-        predict([], tmp_path / "s.csv", model=exported, store=data / "store", calibrate="isotonic")
+        predict([], tmp_path / "s.csv", models=[exported], store=data / "store", calibrate="isotonic")
 
 
 def test_several_models_are_averaged_each_with_its_own_calibration_and_covariates(
@@ -226,14 +226,14 @@ def test_several_models_are_averaged_each_with_its_own_calibration_and_covariate
     both = [exported, tmp_path / "export" / "model.onnx"]
     alone = []
     for model in both:
-        predict([], tmp_path / "s.csv", model=model, store=data / "store", device="cpu")
+        predict([], tmp_path / "s.csv", models=[model], store=data / "store", device="cpu")
         alone.append(pd.read_csv(tmp_path / "s.csv"))
     fitted = {"calibrate": "temperature", "aggregate": "max"}
     for names, same in ((["age"], True), ([], False)):
         predict([other], tmp_path / "s.csv", covariates=names, store=data / "store", device="cpu", **fitted)
         by_run = pd.read_csv(tmp_path / "s.csv")
         assert np.allclose(by_run["cancer"], alone[1]["cancer"], atol=1e-5) == same
-    predict([], tmp_path / "s.csv", model=both, weights=[1, 3], store=data / "store", device="cpu")
+    predict([], tmp_path / "s.csv", models=both, weights=[1, 3], store=data / "store", device="cpu")
     found = pd.read_csv(tmp_path / "s.csv")
     np.testing.assert_allclose(found["cancer"], 0.25 * alone[0]["cancer"] + 0.75 * alone[1]["cancer"], atol=1e-6)
     settings = json.loads((tmp_path / "predictions_settings.json").read_text())
@@ -242,13 +242,13 @@ def test_several_models_are_averaged_each_with_its_own_calibration_and_covariate
     assert settings["threshold"] is None
     for wrong, message in (({"binary": True}, "--binary"), ({"weights": "fitted"}, "--weights fitted")):
         with pytest.raises(InputError, match=message):
-            predict([], tmp_path / "t.csv", model=both, store=data / "store", device="cpu", **wrong)
+            predict([], tmp_path / "t.csv", models=both, store=data / "store", device="cpu", **wrong)
     with pytest.raises(InputError, match=r"expected 2 number\(s\)"):
-        predict([], tmp_path / "t.csv", model=both, weights=[1], store=data / "store", device="cpu")
+        predict([], tmp_path / "t.csv", models=both, weights=[1], store=data / "store", device="cpu")
 
 
 def test_models_of_differently_converted_stores_are_not_averaged(exported: Path, data: Path, tmp_path: Path):
     other = SETTINGS.model_copy(update={"crop_margin": 0.2})
     export(make_run(tmp_path / "run", folds=1, settings=other), tmp_path / "export")
     with pytest.raises(RunError, match="crop_margin"):
-        predict([], tmp_path / "s.csv", model=[exported, tmp_path / "export"], store=data / "store", device="cpu")
+        predict([], tmp_path / "s.csv", models=[exported, tmp_path / "export"], store=data / "store", device="cpu")

@@ -418,7 +418,7 @@ def test_a_fold_without_both_classes_is_refused(store, tmp_path):
     made = folds.make_folds(store, load_config(None, ("data.folds=2",)).data)
     sick = store.manifest.groupby("patient_id")["cancer"].transform("max") == 1
     made.assign(fold=np.where(sick, 0, 1)).to_csv(store.root / "folds.csv", index=False)
-    with pytest.raises(InputError, match=r"--fold 0: training on it needs breasts with and without cancer; found 0"):
+    with pytest.raises(InputError, match=r"--fold 0: breasts with and without cancer are needed to train on; found 0"):
         fit.fit(fakes.small_config(), store, 0, tmp_path / "run")
 
 
@@ -429,7 +429,7 @@ def test_a_fold_whose_only_breast_has_a_picture_of_each_class_is_refused(tmp_pat
     mixed = fakes.make_store(tmp_path / "mixed", rows)
     made = folds.make_folds(mixed, load_config(None, ("data.folds=2",)).data)
     made.assign(fold=np.where(rows["patient_id"] == "p001", 0, 1)).to_csv(mixed.root / "folds.csv", index=False)
-    with pytest.raises(InputError, match=r"validating on it needs breasts with and without cancer; found 1 with and 0"):
+    with pytest.raises(InputError, match=r"are needed to validate on; found 1 with and 0"):
         fit.fit(fakes.small_config(), mixed, 0, tmp_path / "run")
 
 
@@ -473,7 +473,7 @@ def test_other_folds_are_refused(store, tmp_path):
     kept = (store.root / "folds.csv").read_text()
     folds.make_folds(store, config.data.model_copy(update={"seed": 1}))
     assert (store.root / "folds.csv").read_text() != kept
-    with pytest.raises(RunError, match=r"folds: fold 0 of .* holds other pictures out"):
+    with pytest.raises(RunError, match=r"folds: fold 0 of .* now holds out different pictures"):
         fit.fit(config, store, 0, tmp_path / "run", resume=True)
     assert not runs.continues(tmp_path / "run" / "fold0", config, store)
     (store.root / "folds.csv").write_text(kept)

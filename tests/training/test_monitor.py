@@ -303,7 +303,7 @@ def test_a_tracker_that_cannot_end_ends_nothing_else(tmp_path, caplog):
     with pytest.raises(SystemExit, match="143"), monitor:
         raise SystemExit(143)
     assert good.closed
-    assert "FailingAtTheEnd failed and is left out from here on: the server is away" in caplog.text
+    assert "FailingAtTheEnd failed and is disabled for the rest of the run: the server is away" in caplog.text
 
 
 def test_a_job_shorter_than_the_interval_is_measured_once(tmp_path):

@@ -20,6 +20,7 @@ from training.runs import Run
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2  # of metrics.json; others are made anew
 BREAST_GROUPS = ("site_id", "machine_id", "density", "age", "implant")
 PICTURE_GROUPS = ("view",)
 # A threshold is called unstable where moving it to an end of its interval costs more than this share of pF1.
@@ -69,10 +70,10 @@ def judge(
 
     Returns:
         The breasts, what `with_covariates` gives; and, before them, a dict as JSON can hold it (no NaN but None):
-        `folds` (a dict each: what `judged_from` gives, and `breast`); `picture`, `breast` and `patient`, each
-        what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the ranking figures per
-        breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups` gives; `unseen`, what
-        `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts' `auroc` and its
+        `format`; `run`, its folder; `folds` (a dict each: what `judged_from` gives, and `breast`); `picture`, `breast`
+        and `patient`, each what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the
+        ranking figures per breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups`
+        gives; `unseen`, what `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts' `auroc` and its
         `mean_of_folds` without them, or None where there are none; `warnings`, sentences.
 
     Raises:
@@ -86,6 +87,7 @@ def judge(
     threshold = choose_threshold(breasts, resamples)
     value = threshold["value"]
     result = {
+        "format": FORMAT,
         "run": str(run.root),
         "aggregate": aggregate,
         "folds": [{**of, "breast": _of_fold(breasts, of["fold"], value)} for of in judged_from(run)],

@@ -17,6 +17,7 @@ SPECIFICITIES = (0.8, 0.9, 0.95)
 LOWER_IS_BETTER = frozenset({"log_loss", "ece"})
 # Not of pf1_best: each resample would choose its threshold anew, so that it is an interval of nothing that is got.
 INTERVALS = ("auroc", "average_precision", "pf1", "threshold")
+PATIENTS_FOR_INTERVALS = 5  # of either class; resamples of fewer are too much alike
 _BREAST_COLUMNS = ("patient_id", "laterality", "site_id", "machine_id", "age", "density", "implant", "fold")
 
 Floats = NDArray[np.float64]
@@ -192,10 +193,11 @@ def bootstrap(frame: pd.DataFrame, resamples: int = 1000, seed: int = 0, level: 
         level: coverage.
 
     Returns:
-        {"auroc": [low, high], ...} for `INTERVALS` and sensitivity at each specificity, each None where no resample had
-        both classes; and `resamples`, the number used.
+        {"auroc": [low, high], ...} for `INTERVALS` and sensitivity at each specificity, each None where fewer than
+        `PATIENTS_FOR_INTERVALS` patients have a row of either class; and `resamples`, the number used.
     """
     frame = frame[frame["cancer"].notna() & frame["prediction"].notna()]
+    resamples = resamples if _has_enough(frame) else 0
     draws: dict[str, list[Floats]] = {}
     used = 0
     for weights in _resample(frame["patient_id"], resamples, seed):
@@ -211,6 +213,41 @@ def bootstrap(frame: pd.DataFrame, resamples: int = 1000, seed: int = 0, level: 
         values = np.concatenate(draws.get(name, [np.zeros(0)]))
         intervals[name] = np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
     return intervals
+
+
+def auroc_lead(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> dict[str, Any] | None:
+    """How much higher one model's AUROC is than another's on the breasts that both judged, with the interval of
+    resampling whole patients, both models on the same ones each time: what they share by chance is not in it.
+
+    Args:
+        one, other: `prediction_id`, `patient_id`, `cancer` and `prediction`; a breast a row.
+        resamples, seed: as in `bootstrap`.
+
+    Returns:
+        `breasts` that both judged, `lead`, and its 95 % `interval` (None where `bootstrap` has none); None where those
+        are of one class.
+    """
+    both = one.merge(other[["prediction_id", "prediction"]], on="prediction_id", suffixes=("", "_other"))
+    both = both[both[["cancer", "prediction", "prediction_other"]].notna().all(axis=1)]
+    if both["cancer"].nunique() < 2:
+        return None
+    names = ("prediction", "prediction_other")
+
+    def lead(weights: Floats | None = None) -> Floats:
+        first, second = (_ranking(both["cancer"], both[name], weights)["auroc"] for name in names)
+        return first - second
+
+    ends = None
+    if _has_enough(both):
+        drawn = np.concatenate([lead(weights) for weights in _resample(both["patient_id"], resamples, seed)])
+        ends = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
+    return {"breasts": len(both), "lead": float(lead()[0]), "interval": ends}
+
+
+def _has_enough(frame: pd.DataFrame) -> bool:
+    """Whether there are patients enough of either class for an interval."""
+    patients = frame.groupby("cancer")["patient_id"].nunique().reindex([0, 1], fill_value=0)
+    return bool(patients.min() >= PATIENTS_FOR_INTERVALS)
 
 
 def _known(labels: ArrayLike, predictions: ArrayLike) -> tuple[Floats, Floats]:

@@ -86,15 +86,15 @@ def _describe(run: Run, name: str, full: bool) -> dict[str, Any]:
         "size": f"{run.folds[0].config.pipeline.height} × {run.folds[0].config.pipeline.width}",
         "advice": list(dict.fromkeys(s["advice"] for fold in run.folds for s in fold.records("summary")[-1:])),
     }
+    frame = evaluate.out_of_fold(run) if judged else None
+    breasts = _breasts(run, frame, result) if frame is not None and result is not None else None
+    described["breasts"] = breasts
     if full:
-        frame = evaluate.out_of_fold(run) if judged else None
-        breasts = _breasts(run, frame, result) if frame is not None and result is not None else None
         threshold = result["threshold"]["value"] if result is not None else float("nan")
         store = _store(run)
         described |= {
             "curves": sections.curves(run),
             "ranking": sections.ranking(breasts, threshold) if breasts is not None else [],
-            "breasts": breasts,
             "thresholds": sections.thresholds(breasts, threshold) if breasts is not None else [],
             "subgroups": sections.subgroups(result),
             "timelines": sections.timelines(run),
@@ -114,7 +114,7 @@ def _breasts(run: Run, frame: pd.DataFrame, result: dict[str, Any]) -> pd.DataFr
 
 
 def _metrics(run: Run) -> dict[str, Any]:
-    """metrics.json where it was made from these folds and predictions, else the same figures now."""
+    """metrics.json where it was made from these folds and predictions by this version, else the same figures now."""
     path = run.root / runs.METRICS
     saved: dict[str, Any] = {}
     if path.is_file():
@@ -122,7 +122,7 @@ def _metrics(run: Run) -> dict[str, Any]:
             saved = run_files.read_json(path, "It is made anew.")
     now, folds = evaluate.judged_from(run), saved.get("folds")
     there = [of for of in folds if isinstance(of, dict)] if isinstance(folds, list) else []
-    if [{key: of.get(key) for key in now[0]} for of in there] == now:
+    if saved.get("format") == evaluate.FORMAT and [{key: of.get(key) for key in now[0]} for of in there] == now:
         return saved
     return evaluate.judge(run, evaluate.out_of_fold(run), names=saved.get("covariates"))[0]
 
@@ -225,7 +225,8 @@ def _balance(rows: pd.DataFrame, column: str, title: str) -> str:
 def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a run, the best first and those that cannot be judged last."""
     rows = []
-    for run in described:
+    ranked = sorted(described, key=lambda run: -(_auroc(run) if _auroc(run) is not None else -1.0))
+    for run in ranked:
         breast = (run["metrics"] or {}).get("breast", {})
         rows.append(
             {
@@ -233,13 +234,26 @@ def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "backbone": run["backbone"],
                 "size": run["size"],
                 "folds": f"{sum(f['finished'] for f in run['folds'])} of {len(run['folds'])} finished",
-                **{
-                    name: breast.get(name)
-                    for name in ("auroc", "average_precision", "pf1", "pf1_best", "log_loss", "ece")
-                },
+                "auroc": breast.get("auroc"),
+                "behind the first": "" if run is ranked[0] else _behind(ranked[0]["breasts"], run["breasts"]),
+                **{name: breast.get(name) for name in ("average_precision", "pf1", "log_loss", "ece")},
             }
         )
-    return sorted(rows, key=lambda row: -(row["auroc"] if row["auroc"] is not None else -1.0))
+    return rows
+
+
+def _auroc(run: dict[str, Any]) -> float | None:
+    return (run["metrics"] or {}).get("breast", {}).get("auroc")
+
+
+def _behind(best: pd.DataFrame | None, breasts: pd.DataFrame | None) -> str:
+    """By how much, on the breasts that both runs judged, with its 95 % interval."""
+    found = metrics.auroc_lead(best, breasts) if best is not None and breasts is not None else None
+    if found is None:
+        return ""
+    ends = "" if found["interval"] is None else " ({:.3f} to {:.3f})".format(*found["interval"])
+    shared = "" if found["breasts"] == len(best) == len(breasts) else f", on {found['breasts']:,} breasts of both"
+    return f"{found['lead']:.3f}{ends}{shared}"
 
 
 def _compared(described: list[dict[str, Any]]) -> list[str]:
@@ -258,8 +272,8 @@ def _compared(described: list[dict[str, Any]]) -> list[str]:
         drawn.append(figures.intervals("AUROC per breast, 95 % intervals", ordered, "AUROC"))
     curves = {}
     for run in described:
-        breasts: pd.DataFrame | None = run.get("breasts")
-        if breasts is None:
+        breasts: pd.DataFrame | None = run["breasts"]
+        if breasts is None or not run["full"]:
             continue
         known = breasts[breasts["cancer"].notna()]
         if 0 < known["cancer"].sum() < len(known):

@@ -221,6 +221,46 @@ def test_bootstrap_is_repeatable_and_wider_for_fewer_patients():
     assert width["small"] > 1.5 * width["large"]
 
 
+def test_a_handful_of_patients_has_no_interval():
+    frame = _cohort(60, 0)
+    cancer = frame.loc[frame["cancer"] == 1, "patient_id"].unique()
+    few = frame[(frame["cancer"] == 0) | frame["patient_id"].isin(cancer[:4])]
+    assert metrics.bootstrap(few, 50)["auroc"] is None
+    more = frame[(frame["cancer"] == 0) | frame["patient_id"].isin(cancer[:5])]
+    low, high = metrics.bootstrap(more, 50)["auroc"]
+    assert low < high
+
+
+def test_a_lead_is_judged_on_the_same_patients():
+    """Two models that err alike: each one's interval is wide, that of their difference is not."""
+    generator = np.random.default_rng(0)
+    count = 400
+    cancer = (generator.random(count) < 0.3).astype(float)
+    shared = cancer + generator.normal(0, 1.5, count)
+    one, other = (
+        pd.DataFrame(
+            {
+                "prediction_id": [f"{row}_L" for row in range(count)],
+                "patient_id": [str(row // 2) for row in range(count)],
+                "cancer": cancer,
+                "prediction": 1 / (1 + np.exp(-(shared + generator.normal(0, spread, count)))),
+            }
+        )
+        for spread in (0.1, 0.6)
+    )
+    found = metrics.auroc_lead(one, other)
+    auroc = [sk.roc_auc_score(cancer, each["prediction"]) for each in (one, other)]
+    assert found["lead"] == pytest.approx(auroc[0] - auroc[1])
+    low, high = found["interval"]
+    assert low < found["lead"] < high
+    alone = metrics.bootstrap(one)["auroc"]
+    assert high - low < (alone[1] - alone[0]) / 2
+    part = metrics.auroc_lead(one, other.iloc[100:].sample(frac=1, random_state=0))
+    assert part["breasts"] == 300
+    assert metrics.auroc_lead(one, one)["interval"] == [0, 0]
+    assert metrics.auroc_lead(one, other[cancer == 0]) is None
+
+
 def test_bootstrap_without_positives_has_no_intervals():
     frame = _cohort(10, seed=1).assign(cancer=0.0)
     found = metrics.bootstrap(frame, 50)

@@ -15,7 +15,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from preprocessing.errors import RunError
-from training import evaluate, figures, report, report_pictures, run_files, runs
+from training import evaluate, figures, metrics, report, report_pictures, run_files, runs
 from training import report_sections as sections
 from training.config import dump, load_config
 
@@ -150,6 +150,19 @@ def test_many_runs_are_compared_and_few_shown_in_full(tmp_path):
     assert f"run03: the first {report.MOST_IN_FULL} named are shown in full" in text
 
 
+def test_a_runs_distance_from_the_best_is_that_on_the_breasts_of_both(tmp_path):
+    one, other = make_run(tmp_path / "one"), make_run(tmp_path / "other")
+    for path in other.glob("fold*/validation.csv"):
+        table = pd.read_csv(path, dtype={"image_id": str, "prediction_id": str, "patient_id": str})
+        table.assign(prediction=np.random.default_rng(0).random(len(table))).to_csv(path, index=False)
+    text = Page(report.write_report([other, one], tmp_path / "both.html")).text
+    breasts = [metrics.per_breast(evaluate.out_of_fold(runs.open_run(run))) for run in (one, other)]
+    found = metrics.auroc_lead(*breasts)
+    low, high = found["interval"]
+    assert low > 0
+    assert f"{found['lead']:.3f} ({low:.3f} to {high:.3f})" in text
+
+
 def test_ids_with_markup_are_shown_as_text(tmp_path):
     text = Page(report.write_report([make_run(tmp_path / "<b>run & co")])).text
     assert "&lt;b&gt;run &amp; co" in text
@@ -264,6 +277,10 @@ def test_figures_are_made_anew_where_folds_or_predictions_are_others_than_they_w
     assert "not finished in fold(s)" not in text
     assert "age into account" in text  # as it was evaluated
     (more / "fold1").rename(root / "fold1")  # with its older times
+    assert "Judged on 160 breasts" in Page(report.write_report([root])).text
+    evaluate.evaluate(root, resamples=20)
+    earlier = {key: value for key, value in json.loads((root / runs.METRICS).read_text()).items() if key != "format"}
+    (root / runs.METRICS).write_text(json.dumps(earlier | {"threshold": {"value": 0.5}}))  # of an earlier version
     assert "Judged on 160 breasts" in Page(report.write_report([root])).text
     saved = (root / runs.METRICS).stat().st_mtime_ns
     report.write_report([root])

@@ -73,8 +73,8 @@ def judge(
         `format`; `run`, its folder; `folds` (a dict each: what `judged_from` gives, and `breast`); `picture`, `breast`
         and `patient`, each what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the
         ranking figures per breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups`
-        gives; `unseen`, what `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts' `auroc` and its
-        `mean_of_folds` without them, or None where there are none; `warnings`, sentences.
+        gives; `unseen`, what `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts'
+        `auroc` and its `mean_of_folds` without them, or None where there are none; `warnings`, sentences.
 
     Raises:
         RunError: the covariates cannot be fitted.

@@ -225,7 +225,7 @@ def _balance(rows: pd.DataFrame, column: str, title: str) -> str:
 def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a run, the best first and those that cannot be judged last."""
     rows = []
-    ranked = sorted(described, key=lambda run: -(_auroc(run) if _auroc(run) is not None else -1.0))
+    ranked = sorted(described, key=_auroc, reverse=True)
     for run in ranked:
         breast = (run["metrics"] or {}).get("breast", {})
         rows.append(
@@ -242,14 +242,15 @@ def _comparison(described: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _auroc(run: dict[str, Any]) -> float | None:
-    return (run["metrics"] or {}).get("breast", {}).get("auroc")
+def _auroc(run: dict[str, Any]) -> float:
+    """-1 where there is none."""
+    found = (run["metrics"] or {}).get("breast", {}).get("auroc")
+    return -1.0 if found is None else found
 
 
 def _behind(best: pd.DataFrame | None, breasts: pd.DataFrame | None) -> str:
     """By how much, on the breasts that both runs judged, with its 95 % interval."""
-    found = metrics.auroc_lead(best, breasts) if best is not None and breasts is not None else None
-    if found is None:
+    if best is None or breasts is None or (found := metrics.auroc_lead(best, breasts)) is None:
         return ""
     ends = "" if found["interval"] is None else " ({:.3f} to {:.3f})".format(*found["interval"])
     shared = "" if found["breasts"] == len(best) == len(breasts) else f", on {found['breasts']:,} breasts of both"

@@ -259,12 +259,12 @@ def convert(
 @click.pass_context
 def verify(ctx: click.Context, store: Path) -> None:
     """Read every tile of a store again and compare it with its checksum; exit status 1 where one is damaged."""
-    from preprocessing import convert as conversion
     from preprocessing.manifest import open_store
+    from preprocessing.verify import verify as verified
 
     with _console(ctx) as console, console.progress("Verifying", unit="tiles") as advance:
         opened = open_store(store)
-        problems = conversion.verify(opened, progress=advance)
+        problems = verified(opened, progress=advance)
     for problem in problems:
         click.echo(problem)
     click.echo(f"{store}: {len(opened.manifest)} pictures, {len(problems)} damaged tiles.")

@@ -11,10 +11,8 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,7 @@ from preprocessing import gpu_decode, ingest, table
 from preprocessing import workers as workers_module
 from preprocessing.errors import InputError, StoreError
 from preprocessing.journal import Entry, Journal, locked
-from preprocessing.machine import available_cores
 from preprocessing.manifest import (
-    Store,
-    level_column,
     open_store,
     schema,
     write_head,
@@ -37,13 +32,12 @@ from preprocessing.manifest import (
     write_rejected,
 )
 from preprocessing.progress import Progress, Report
-from preprocessing.settings import ConvertSettings, as_text
+from preprocessing.settings import FREE, ConvertSettings, as_text
 from preprocessing.table import Source
+from preprocessing.verify import verify
 
 log = logging.getLogger(__name__)
 
-# Settings that change no byte of a store.
-_FREE = {"decode_on", "timeout_s", "memory_mb", "max_pixels"}
 # Reasons that may have lain in the machine rather than in the file: a later run tries again.
 _PASSING = {"timeout", "crash", "memory", "internal", "unreadable", "too_large"}
 
@@ -85,18 +79,6 @@ class ConvertSummary:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A tile that is not what the manifest says."""
-
-    image_id: str
-    path: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.found} (image {self.image_id})"
-
-
 def convert(
     images: Path,
     csv: Path | None,
@@ -135,7 +117,7 @@ def convert(
         _require_some(images, csv, listed)
     _claim(out)
     with locked(out):
-        _settle(out, settings)
+        _prepare(out, settings)
         left_out = _require_as_much(out, listed, csv is not None, repair)
         with Journal(out / "journal.jsonl") as journal:
             run = _Run(images, out, settings, listed, csv is not None, journal, progress)
@@ -145,23 +127,6 @@ def convert(
                 run.damaged = set() if run.compares else {problem.image_id for problem in verify(open_store(out))}
             run.convert(workers, scheduler)
             return run.finish()
-
-
-def verify(store: Store, progress: Report | None = None) -> list[Problem]:
-    """Read every tile again and compare it with the manifest's CRC-32; what differs, in the manifest's order."""
-    problems: list[Problem] = []
-    fields = [level_column(name, level) for level in store.levels for name in ("path", "crc32")]
-    cells = store.manifest[["image_id", *fields]]
-    check = partial(_check_tiles, store.root)
-    with ThreadPoolExecutor(available_cores()) as pool:
-        done = 0
-        for start in range(0, len(cells), 256):
-            for found in pool.map(check, cells[start : start + 256].itertuples(index=False, name=None)):
-                problems += found
-                done += 1
-                if progress:
-                    progress(Progress(done, len(cells), len(problems)))
-    return problems
 
 
 class _Run:
@@ -376,14 +341,14 @@ def _claim(out: Path) -> None:
         )
 
 
-def _settle(out: Path, settings: ConvertSettings) -> None:
+def _prepare(out: Path, settings: ConvertSettings) -> None:
     """Under the lock: store.json says these settings, the scratch folder is there and empty."""
     head = out / "store.json"
     if head.is_file():
         made = open_store(out, finished=False).settings
         for name in ConvertSettings.model_fields:
             had, wanted = getattr(made, name), getattr(settings, name)
-            if had != wanted and name not in _FREE:
+            if had != wanted and name not in FREE:
                 raise StoreError(
                     f"{out}: made with {name} = {as_text(had)}, now {as_text(wanted)} is asked for. "
                     "Give the same settings, or another folder with --out."
@@ -404,21 +369,6 @@ def _clear(scratch: Path) -> None:
     """Drop what crashed or killed workers left."""
     for left in scratch.iterdir():
         left.unlink()
-
-
-def _check_tiles(root: Path, cells: tuple[Any, ...]) -> list[Problem]:
-    image_id, *pairs = cells
-    problems = []
-    expected = {path: int(crc32) for path, crc32 in zip(pairs[::2], pairs[1::2], strict=True)}
-    for path, crc32 in expected.items():
-        try:
-            found = zlib.crc32((root / path).read_bytes())
-        except OSError as error:
-            problems.append(Problem(image_id, path, error.strerror or "unreadable"))
-            continue
-        if found != crc32:
-            problems.append(Problem(image_id, path, f"CRC-32 {found:08x}, the manifest has {crc32:08x}"))
-    return problems
 
 
 def _has_crc32(path: Path, crc32: int) -> bool:

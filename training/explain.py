@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dali_pipes.geometry import level_of, output_to_tile, tile_size
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
-from dali_pipes.source import level_of, output_to_tile, tile_size
 from preprocessing.files import write_atomically
 from preprocessing.ingest import safe_name
 from preprocessing.manifest import Store

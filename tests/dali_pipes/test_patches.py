@@ -10,11 +10,12 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
+from dali_pipes.geometry import output_to_patch
 from dali_pipes.loader import Loader
 from dali_pipes.pipelines import decode_region
 from dali_pipes.plan import Draw, Plan
 from dali_pipes.settings import AugmentSettings, ClaheSettings, LoaderSettings, PipelineSettings
-from dali_pipes.source import Source, output_to_patch
+from dali_pipes.source import Source
 from dali_pipes.steps import HostSteps
 from preprocessing.errors import ConfigError
 from preprocessing.tiles import encode_level, read_level

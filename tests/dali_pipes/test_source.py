@@ -5,9 +5,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_voi_lut
 from pydicom.uid import ExplicitVRLittleEndian
 
+from dali_pipes.geometry import low_pass, output_to_level, output_to_tile
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
-from dali_pipes.source import NUMBERS, Source, choose_window, low_pass, output_to_level, output_to_tile
+from dali_pipes.source import NUMBERS, Source, choose_window
 from dali_pipes.steps import window_table
 from tests.dali_pipes.stores import facts, make_store
 

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from dali_pipes import steps
+from dali_pipes.geometry import output_to_level
 from dali_pipes.plan import Draw
 from dali_pipes.settings import ClaheSettings
-from dali_pipes.source import NUMBERS, output_to_level
+from dali_pipes.source import NUMBERS
 from tests.dali_pipes.stores import smooth
 
 GREY = (smooth(80, 60, 1) / 4095).astype(np.float32)

@@ -14,13 +14,14 @@ import pytest
 
 from preprocessing import tiles
 from preprocessing import workers as workers_module
-from preprocessing.convert import convert, verify
+from preprocessing.convert import convert
 from preprocessing.errors import InputError, StoreError, UserError
 from preprocessing.journal import locked
 from preprocessing.manifest import STORE_VERSION, open_store
 from preprocessing.progress import Progress
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import one_row_a_picture
+from preprocessing.verify import verify
 from tests.preprocessing.pictures import HEADER, data_set, digest, picture, write_png
 
 SETTINGS = ConvertSettings(levels=("full", "128", "64"), timeout_s=20)

@@ -18,10 +18,11 @@ import psutil
 import pydicom
 import pytest
 
-from preprocessing.convert import convert, verify
+from preprocessing.convert import convert
 from preprocessing.errors import StoreError
 from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
+from preprocessing.verify import verify
 from tests.preprocessing.pictures import data_set, digest
 
 ROOT = Path(__file__).resolve().parents[2]

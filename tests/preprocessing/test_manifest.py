@@ -123,7 +123,7 @@ def test_a_store_that_cannot_be_opened_is_one_clear_line(tmp_path: Path, break_i
     [
         (lambda table: table.drop_columns(["patient_id"]), "damaged (no column patient_id)"),
         (lambda table: table.drop_columns(["crc32_512"]), "damaged (no column crc32_512)"),
-        (lambda table: table.set_column(0, "image_id", [pa.nulls(len(table), pa.string())]), "(image_id lacks in"),
+        (lambda table: table.set_column(0, "image_id", [pa.nulls(len(table), pa.string())]), "(image_id is missing in"),
         (lambda table: text_in(table, "percentile_low"), "manifest.parquet: damaged. Run"),
     ],
 )

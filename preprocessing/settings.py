@@ -10,7 +10,7 @@ Codec = Literal["zstd", "deflate", "lzw", "none", "htj2k"]
 DecodeOn = Literal["cpu", "gpu", "gpu-all"]
 FULL = "full"
 GPU_CODEC: Codec = "htj2k"  # the best to train from on a GPU; docs/loading.md has the measurements
-# Settings that change what a model sees, and those that change no byte of a store; the others change how tiles are kept.
+# Settings that change what a model sees, and those that change no byte of a store; others change how tiles are kept.
 DECISIVE = ("levels", "crop", "crop_margin", "frame")
 FREE = ("decode_on", "timeout_s", "memory_mb", "max_pixels")
 

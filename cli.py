@@ -225,7 +225,7 @@ def convert(
     if columns and table is None:
         raise InputError("--column says how a table is read: give one with --csv.")
     given = {
-        "levels": levels.split(",") if levels else None,
+        "levels": levels,
         "codec": codec,
         "crop": False if no_crop else None,
         "frame": frame,

@@ -49,6 +49,13 @@ class ConvertSettings(BaseModel):
     )
     max_pixels: int = Field(default=120_000_000, ge=1, description="Pictures with more pixels than this are rejected.")
 
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _listed(cls, levels: Any) -> Any:
+        """As the command line and YAML may have them: 'full,512', 512, [full, 512]."""
+        listed = str(levels).split(",") if isinstance(levels, str | int) else levels
+        return tuple(map(str, listed)) if isinstance(listed, list | tuple) else listed
+
     @field_validator("levels")
     @classmethod
     def _known_levels(cls, levels: tuple[str, ...]) -> tuple[str, ...]:

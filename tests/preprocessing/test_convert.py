@@ -432,3 +432,9 @@ def test_a_first_try_that_was_watched_and_failed_does_not_close_its_folder(tmp_p
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "metrics.jsonl").write_text("{}\n")
     assert convert(images, csv, tmp_path / "store", SETTINGS, workers=1).images == 3
+
+
+@pytest.mark.parametrize("levels", ["full,512,1024", [512, "full", 1024], ("512", "1024", "full")])
+def test_levels_may_be_written_as_a_command_line_or_yaml_has_them(levels):
+    assert ConvertSettings(levels=levels).levels == ("full", "1024", "512")
+    assert ConvertSettings(levels=512).levels == ("512",)

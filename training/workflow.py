@@ -101,7 +101,8 @@ def run_all(job: Job, console: Console) -> Outcome:
     evaluation.take_facts(runs.open_run(job.run), store)
     evaluated = _digest(trained, *(_file_digest(job.run / f"fold{fold}" / "validation.csv") for fold in numbers))
     metrics = job.run / "metrics.json"
-    steps.once("evaluate", evaluated, [metrics], lambda: _evaluate(job, store), unchanged=True)
+    judged = _digest(evaluated, str(evaluation.FORMAT))
+    steps.once("evaluate", judged, [metrics], lambda: _evaluate(job, store), unchanged=True)
     exit_code, files = 0, {}
     if job.test_table.exists():
         where = (str(job.test_images.resolve()), str(job.submission.resolve()))
@@ -114,7 +115,7 @@ def run_all(job: Job, console: Console) -> Outcome:
             steps.remember("predict", "")
         files["submission"] = job.submission
     steps.once(
-        "report", _digest(evaluated, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
+        "report", _digest(judged, str(exit_code)), [job.report], lambda: report.write_report([job.run], job.report)
     )
     files |= {"report": job.report, "metrics": metrics, "store": job.store, "runs": job.run}
     headline = evaluation.headline(run_files.read_json(metrics, "Delete it, and it will be recreated."))

@@ -25,7 +25,7 @@ from preprocessing.convert import convert
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
-from training import evaluate, fit, metrics, run_files, runs
+from training import evaluate, fit, intervals, metrics, run_files, runs
 from training.assemble import open_ensemble
 from training.config import Config, load_config
 from training.console import Console
@@ -90,7 +90,7 @@ def judge(
             {
                 "fold": fold.fold,
                 "auroc": figures["auroc"],
-                "interval": metrics.bootstrap(breasts)["auroc"],
+                "interval": intervals.bootstrap(breasts)["auroc"],
                 "pictures_alone": metrics.summarise(breasts["cancer"], alone)["auroc"],
                 "last_epoch_auroc": fold.records("epoch")[-1]["auroc"],  # not chosen by its own value
                 "breasts": figures["count"],

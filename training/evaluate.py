@@ -15,7 +15,7 @@ import pandas as pd
 
 from preprocessing.errors import RunError
 from preprocessing.manifest import Store
-from training import covariates, metrics, run_files, runs
+from training import covariates, intervals, metrics, run_files, runs
 from training.runs import Run
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def judge(
         The breasts, what `with_covariates` gives; and, before them, a dict as JSON can hold it (no NaN but None):
         `format`; `run`, its folder; `folds` (a dict each: what `judged_from` gives, and `breast`); `picture`, `breast`
         and `patient`, each what `metrics.summarise` gives, the last two with `intervals`; `mean_of_folds`, of the
-        ranking figures per breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `metrics.subgroups`
+        ranking figures per breast; `threshold`, what `choose_threshold` gives; `subgroups`, what `intervals.subgroups`
         gives; `unseen`, what `unseen` gives; `aggregate`; `covariates`, their names; `pictures_alone`, the breasts'
         `auroc` and its `mean_of_folds` without them, or None where there are none; `warnings`, sentences.
 
@@ -92,13 +92,13 @@ def judge(
         "aggregate": aggregate,
         "folds": [{**of, "breast": _of_fold(breasts, of["fold"], value)} for of in judged_from(run)],
         "picture": metrics.summarise(frame["cancer"], frame["prediction"], value),
-        "breast": metrics.with_intervals(breasts, value, resamples),
+        "breast": intervals.with_intervals(breasts, value, resamples),
         "mean_of_folds": _mean_of_folds(breasts),
-        "patient": metrics.with_intervals(patients, value, resamples),
+        "patient": intervals.with_intervals(patients, value, resamples),
         "threshold": threshold,
         "subgroups": [
-            *metrics.subgroups(breasts, BREAST_GROUPS, value, resamples),
-            *metrics.subgroups(frame, PICTURE_GROUPS, value, resamples),
+            *intervals.subgroups(breasts, BREAST_GROUPS, value, resamples),
+            *intervals.subgroups(frame, PICTURE_GROUPS, value, resamples),
         ],
         "unseen": unseen(run, frame, breasts, value, resamples),
         "covariates": list(taken),
@@ -154,14 +154,14 @@ def choose_threshold(breasts: pd.DataFrame, resamples: int) -> dict[str, Any]:
     breasts = breasts[breasts["cancer"].notna()]
     labels, predictions = breasts["cancer"], breasts["prediction"]
     best, value = metrics.pf1_best(labels, predictions)
-    interval = metrics.bootstrap(breasts, resamples)["threshold"]
+    interval = intervals.bootstrap(breasts, resamples)["threshold"]
     ends = [metrics.pf1_at(labels, predictions, end) for end in interval or []]
     called = _cross_thresholded(breasts)
     return {
         "value": value,
         "interval": interval,
         "pf1_out_of_fold": math.nan if called is None else metrics.pf1(labels, called["prediction"]),
-        "pf1_interval": None if called is None else metrics.bootstrap(called, resamples)["pf1"],
+        "pf1_interval": None if called is None else intervals.bootstrap(called, resamples)["pf1"],
         "unstable": interval is None or min(ends) < (1 - UNSTABLE_LOSS) * best,
     }
 
@@ -179,7 +179,7 @@ def unseen(
         resamples: of patients, for the intervals.
 
     Returns:
-        `machines`, `sites` (those unseen somewhere), `unseen` and `seen` (what `metrics.with_intervals` gives), or
+        `machines`, `sites` (those unseen somewhere), `unseen` and `seen` (what `intervals.with_intervals` gives), or
         None.
     """
     new = pd.Series(False, index=frame.index)
@@ -199,7 +199,7 @@ def unseen(
         "machines": sorted(machines),
         "sites": sorted(sites),
         **{
-            name: metrics.with_intervals(part, threshold, resamples)
+            name: intervals.with_intervals(part, threshold, resamples)
             for name, part in (("unseen", breasts[strange]), ("seen", breasts[~strange]))
         },
     }

@@ -1,4 +1,4 @@
-"""What a set of predictions is worth: the challenge's probabilistic F1 and the usual figures, with bootstrap intervals.
+"""What a set of predictions is worth: the challenge's probabilistic F1 and the usual figures.
 
 Predictions are probabilities in [0, 1]. All ranking figures come from one cumulative count over the sorted predictions,
 in weighted form, so that a bootstrap resample is a row of weights and a thousand of them are one array operation.
@@ -6,7 +6,6 @@ in weighted form, so that a bootstrap resample is a row of weights and a thousan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 SPECIFICITIES = (0.8, 0.9, 0.95)
 LOWER_IS_BETTER = frozenset({"log_loss", "ece"})
-# Not of pf1_best: each resample would choose its threshold anew, so that it is an interval of nothing that is got.
-INTERVALS = ("auroc", "average_precision", "pf1", "threshold")
-PATIENTS_FOR_INTERVALS = 5  # of either class; resamples of fewer are too much alike
 _BREAST_COLUMNS = ("patient_id", "laterality", "site_id", "machine_id", "age", "density", "implant", "fold")
 
 Floats = NDArray[np.float64]
@@ -44,7 +40,7 @@ def pf1_at(labels: ArrayLike, predictions: ArrayLike, threshold: float) -> float
 
 def pf1_best(labels: ArrayLike, predictions: ArrayLike) -> tuple[float, float]:
     """The largest `pf1_at` and the threshold that gives it, midway between the two predictions that it parts."""
-    figures = _ranking(*_known(labels, predictions))
+    figures = ranking(*_known(labels, predictions))
     return float(figures["pf1_best"][0]), float(figures["threshold"][0])
 
 
@@ -79,19 +75,19 @@ def summarise(labels: ArrayLike, predictions: ArrayLike, threshold: float | None
         sensitivity_at_specificity ({"0.9": ...}), and at_threshold (what `confusion` gives).
     """
     y, p = _known(labels, predictions)
-    ranking = {name: float(values[0]) for name, values in _ranking(y, p).items()}
-    chosen = ranking["threshold"] if threshold is None else threshold
+    ranked = {name: float(values[0]) for name, values in ranking(y, p).items()}
+    chosen = ranked["threshold"] if threshold is None else threshold
     return {
         "count": len(y),
         "positives": int(y.sum()),
-        "auroc": ranking["auroc"],
-        "average_precision": ranking["average_precision"],
+        "auroc": ranked["auroc"],
+        "average_precision": ranked["average_precision"],
         "pf1": pf1(y, p),
-        "pf1_best": ranking["pf1_best"],
-        "threshold": ranking["threshold"],
+        "pf1_best": ranked["pf1_best"],
+        "threshold": ranked["threshold"],
         "log_loss": log_loss(y, p),
         "ece": ece(y, p),
-        "sensitivity_at_specificity": {f"{s:g}": ranking[f"sensitivity_at_{s:g}"] for s in SPECIFICITIES},
+        "sensitivity_at_specificity": {f"{s:g}": ranked[f"sensitivity_at_{s:g}"] for s in SPECIFICITIES},
         "at_threshold": confusion(y, p, chosen),
     }
 
@@ -145,144 +141,7 @@ def per_patient(breasts: pd.DataFrame) -> pd.DataFrame:
     return _grouped(breasts, "patient_id", "max")
 
 
-def subgroups(
-    frame: pd.DataFrame, columns: Sequence[str], threshold: float, resamples: int = 1000
-) -> list[dict[str, Any]]:
-    """`summarise` for each value of each column that the frame has: group, value, the figures and their `intervals`, as
-    `bootstrap` gives them.
-
-    Age is taken in bands. Empty values are called "unknown".
-    """
-    rows = []
-    for column in columns:
-        if column not in frame:
-            continue
-        values = (
-            age_bands(frame["age"])
-            if column == "age"
-            else frame[column].fillna("").astype(str).replace({"": "unknown"})
-        )
-        for value in sorted(values.unique()):
-            rows.append(
-                {"group": column, "value": value, **with_intervals(frame[values == value], threshold, resamples)}
-            )
-    return rows
-
-
-def with_intervals(frame: pd.DataFrame, threshold: float, resamples: int = 1000) -> dict[str, Any]:
-    """`summarise` of a frame as `bootstrap` takes it, and `intervals`, what that gives."""
-    figures = summarise(frame["cancer"], frame["prediction"], threshold)
-    return {**figures, "intervals": bootstrap(frame, resamples)}
-
-
-def age_bands(age: pd.Series) -> pd.Series:
-    """Years as '<50', '50-59', '60-69', '70+' or 'unknown'."""
-    bands = pd.cut(
-        age.astype(float), [-np.inf, 50, 60, 70, np.inf], right=False, labels=["<50", "50-59", "60-69", "70+"]
-    )
-    return bands.astype(object).where(bands.notna(), "unknown").astype(str)
-
-
-def bootstrap(frame: pd.DataFrame, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
-    """Percentile intervals of a frame's figures, resampling whole patients (Efron & Tibshirani 1993, chapter 13).
-
-    Args:
-        frame: `patient_id`, `cancer`, `prediction`; a breast or a picture a row.
-        resamples: how many; those without both classes are left out.
-        seed: the same seed gives the same intervals.
-        level: coverage.
-
-    Returns:
-        {"auroc": [low, high], ...} for `INTERVALS` and sensitivity at each specificity, each None where fewer than
-        `PATIENTS_FOR_INTERVALS` patients have a row of either class; and `resamples`, the number used.
-    """
-    frame = frame[frame["cancer"].notna() & frame["prediction"].notna()]
-    resamples = resamples if _has_enough(frame) else 0
-    draws: dict[str, list[Floats]] = {}
-    used = 0
-    for weights in _resample(frame["patient_id"], resamples, seed):
-        figures = _ranking(frame["cancer"], frame["prediction"], weights)
-        usable = np.isfinite(figures["auroc"])
-        used += int(usable.sum())
-        for name, values in figures.items():
-            draws.setdefault(name, []).append(values[usable])
-    tail = 100 * (1 - level) / 2
-    names = (*INTERVALS, *(f"sensitivity_at_{specificity:g}" for specificity in SPECIFICITIES))
-    intervals: dict[str, Any] = {"resamples": used, **dict.fromkeys(names)}
-    for name in names:
-        values = np.concatenate(draws.get(name, [np.zeros(0)]))
-        intervals[name] = np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else None
-    return intervals
-
-
-def auroc_lead(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> dict[str, Any] | None:
-    """How much higher one model's AUROC is than another's on the breasts that both judged, with the interval of
-    resampling whole patients, both models on the same ones each time: what they share by chance is not in it.
-
-    Args:
-        one, other: `prediction_id`, `patient_id`, `cancer` and `prediction`; a breast a row.
-        resamples, seed: as in `bootstrap`.
-
-    Returns:
-        `breasts` that both judged, `lead`, and its 95 % `interval` (None where `bootstrap` has none); None where those
-        are of one class.
-    """
-    both = one.merge(other[["prediction_id", "prediction"]], on="prediction_id", suffixes=("", "_other"))
-    both = both[both[["cancer", "prediction", "prediction_other"]].notna().all(axis=1)]
-    if both["cancer"].nunique() < 2:
-        return None
-    names = ("prediction", "prediction_other")
-
-    def lead(weights: Floats | None = None) -> Floats:
-        first, second = (_ranking(both["cancer"], both[name], weights)["auroc"] for name in names)
-        return first - second
-
-    ends = None
-    if _has_enough(both):
-        drawn = np.concatenate([lead(weights) for weights in _resample(both["patient_id"], resamples, seed)])
-        ends = np.nanpercentile(drawn, [2.5, 97.5]).tolist()
-    return {"breasts": len(both), "lead": float(lead()[0]), "interval": ends}
-
-
-def _has_enough(frame: pd.DataFrame) -> bool:
-    """Whether there are patients enough of either class for an interval."""
-    patients = frame.groupby("cancer")["patient_id"].nunique().reindex([0, 1], fill_value=0)
-    return bool(patients.min() >= PATIENTS_FOR_INTERVALS)
-
-
-def _known(labels: ArrayLike, predictions: ArrayLike) -> tuple[Floats, Floats]:
-    y, p = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
-    known = np.isfinite(y) & np.isfinite(p)
-    return y[known], p[known]
-
-
-def _grouped(frame: pd.DataFrame, key: str, aggregate: str) -> pd.DataFrame:
-    groups = frame[key]
-    labels = frame["cancer"].groupby(groups, sort=True).max()
-    table = pd.DataFrame(
-        {
-            "cancer": labels,
-            "prediction": aggregate_predictions(frame["prediction"], groups, aggregate),
-            "images": groups.groupby(groups, sort=True).size(),
-        }
-    )
-    kept = [column for column in _BREAST_COLUMNS if column in frame and column != key]
-    table[kept] = frame[kept].groupby(groups, sort=True).first()
-    return table.reset_index(names=key)
-
-
-def _resample(patients: pd.Series, resamples: int, seed: int, chunk_cells: int = 2_000_000) -> Iterator[Floats]:
-    """How often each row is drawn, [resamples, rows] in chunks: patients drawn with replacement, rows follow them."""
-    codes, names = pd.factorize(patients)
-    generator = np.random.default_rng(seed)
-    share = np.full(len(names), 1 / max(len(names), 1))
-    size = max(1, chunk_cells // max(len(codes), 1))
-    for start in range(0, resamples if len(names) else 0, size):
-        drawn = generator.multinomial(len(names), share, size=min(size, resamples - start))
-        yield drawn[:, codes].astype(np.float64)
-
-
-def _ranking(labels: ArrayLike, predictions: ArrayLike, weights: Floats | None = None) -> dict[str, Floats]:
+def ranking(labels: ArrayLike, predictions: ArrayLike, weights: Floats | None = None) -> dict[str, Floats]:
     """Figures that depend on the order of the predictions (and pF1), one value a row of weights.
 
     Args:
@@ -312,6 +171,27 @@ def _ranking(labels: ArrayLike, predictions: ArrayLike, weights: Floats | None =
     best = figures.pop("best_index").astype(int)
     figures["threshold"] = np.where(positives > 0, middles[best], 0.5)
     return figures
+
+
+def _known(labels: ArrayLike, predictions: ArrayLike) -> tuple[Floats, Floats]:
+    y, p = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    known = np.isfinite(y) & np.isfinite(p)
+    return y[known], p[known]
+
+
+def _grouped(frame: pd.DataFrame, key: str, aggregate: str) -> pd.DataFrame:
+    groups = frame[key]
+    labels = frame["cancer"].groupby(groups, sort=True).max()
+    table = pd.DataFrame(
+        {
+            "cancer": labels,
+            "prediction": aggregate_predictions(frame["prediction"], groups, aggregate),
+            "images": groups.groupby(groups, sort=True).size(),
+        }
+    )
+    kept = [column for column in _BREAST_COLUMNS if column in frame and column != key]
+    table[kept] = frame[kept].groupby(groups, sort=True).first()
+    return table.reset_index(names=key)
 
 
 def _curve_figures(tp: Floats, fp: Floats, positives: Floats, negatives: Floats) -> dict[str, Floats]:

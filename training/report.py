@@ -16,7 +16,7 @@ import pandas as pd
 from preprocessing.errors import RunError, StoreError
 from preprocessing.files import write_atomically
 from preprocessing.manifest import Store, open_store
-from training import evaluate, figures, metrics, report_pictures, run_files, runs
+from training import evaluate, figures, intervals, metrics, report_pictures, run_files, runs
 from training import report_sections as sections
 from training.config import dump
 from training.runs import Run
@@ -250,7 +250,7 @@ def _auroc(run: dict[str, Any]) -> float:
 
 def _behind(best: pd.DataFrame | None, breasts: pd.DataFrame | None) -> str:
     """By how much, on the breasts that both runs judged, with its 95 % interval."""
-    if best is None or breasts is None or (found := metrics.auroc_lead(best, breasts)) is None:
+    if best is None or breasts is None or (found := intervals.auroc_lead(best, breasts)) is None:
         return ""
     ends = "" if found["interval"] is None else " ({:.3f} to {:.3f})".format(*found["interval"])
     shared = "" if found["breasts"] == len(best) == len(breasts) else f", on {found['breasts']:,} breasts of both"

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from preprocessing.errors import RunError
 from tests.training import fakes
-from training import evaluate, metrics, run_files, runs
+from training import evaluate, intervals, metrics, run_files, runs
 
 
 def _write_run(root, frame, unfinished=(), machines=None, fingerprint="abc"):
@@ -101,7 +101,7 @@ def test_a_machines_figures_have_the_interval_of_its_own_patients(tmp_path):
     found = evaluate.evaluate(_write_run(tmp_path, frame), resamples=50)
     (part,) = (part for part in found["subgroups"] if (part["group"], part["value"]) == ("machine_id", "29"))
     breasts = metrics.per_breast(frame)
-    own = metrics.bootstrap(breasts[breasts["machine_id"] == "29"], 50)
+    own = intervals.bootstrap(breasts[breasts["machine_id"] == "29"], 50)
     assert part["intervals"]["auroc"] == pytest.approx(own["auroc"])
     assert part["intervals"]["resamples"] == own["resamples"]
     low, high = part["intervals"]["auroc"]

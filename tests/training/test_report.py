@@ -15,7 +15,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from preprocessing.errors import RunError
-from training import evaluate, figures, metrics, report, report_pictures, run_files, runs
+from training import evaluate, figures, intervals, metrics, report, report_pictures, run_files, runs
 from training import report_sections as sections
 from training.config import dump, load_config
 
@@ -157,7 +157,7 @@ def test_a_runs_distance_from_the_best_is_that_on_the_breasts_of_both(tmp_path):
         table.assign(prediction=np.random.default_rng(0).random(len(table))).to_csv(path, index=False)
     text = Page(report.write_report([other, one], tmp_path / "both.html")).text
     breasts = [metrics.per_breast(evaluate.out_of_fold(runs.open_run(run))) for run in (one, other)]
-    found = metrics.auroc_lead(*breasts)
+    found = intervals.auroc_lead(*breasts)
     low, high = found["interval"]
     assert low > 0
     assert f"{found['lead']:.3f} ({low:.3f} to {high:.3f})" in text

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from preprocessing.errors import RunError
-from training import metrics
+from training import calibration, metrics
 from training.calibration import logit
 
 _PEAKED = 50.0  # an exponent that is as good as the maximum
@@ -80,11 +80,7 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
 
 def _recalibrated_loss(labels: NDArray[np.float64], predictions: ArrayLike) -> float:
     """Log loss of predictions after the logistic recalibration that makes it least."""
-    from sklearn.linear_model import LogisticRegression
-
-    logits = logit(predictions)[:, None]
-    fitted = LogisticRegression(C=1e6).fit(logits, labels).predict_proba(logits)[:, 1]
-    return metrics.log_loss(labels, fitted)
+    return metrics.log_loss(labels, calibration.fit("platt", labels, predictions)(predictions))
 
 
 def fit_aggregate(pictures: pd.DataFrame) -> str:

@@ -150,7 +150,7 @@ def ends_in_background(data: bytes, columns: int) -> bool:
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker code, start and length of each marker segment's content up to the first scan's."""
     position = 2
-    while True:
+    while position + 4 <= len(data):
         if data[position] != 0xFF:
             raise Rejection(Reason.DECODE_FAILED, "damaged JPEG markers")
         marker = data[position + 1]
@@ -164,11 +164,12 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if marker == 0xD9 or length < 2:
             raise Rejection(Reason.DECODE_FAILED, "a JPEG without a scan")
         if position + 2 + length > len(data):
-            raise Rejection(Reason.TRUNCATED, "the JPEG ends within its header")
+            break
         yield marker, position + 4, length - 2
         if marker == 0xDA:
             return
         position += 2 + length
+    raise Rejection(Reason.TRUNCATED, "the JPEG ends within its header")
 
 
 def _inspect_jpeg(data: bytes) -> Codestream:

@@ -312,6 +312,16 @@ def test_raster_pictures_are_exact(tmp_path: Path, suffix: str, bits: int) -> No
     assert decoded.header.format == {"png": "png", "tif": "tiff", "jpg": "jpeg"}[suffix]
 
 
+def test_a_jpeg_picture_that_is_cut_anywhere_is_called_that(tmp_path: Path) -> None:
+    whole = cv2.imencode(".jpg", picture(8))[1].tobytes()
+    path = tmp_path / "a.jpg"
+    for length in range(3, len(whole) - 1, 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Rejection) as caught:
+            decode(path, SETTINGS)
+        assert caught.value.reason is Reason.TRUNCATED, length
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_equal_channels_are_one_and_colour_is_its_luminance(tmp_path: Path, suffix: str) -> None:
     values = picture(8)

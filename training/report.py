@@ -253,7 +253,8 @@ def _behind(best: pd.DataFrame | None, breasts: pd.DataFrame | None) -> str:
     if best is None or breasts is None or (found := intervals.auroc_lead(best, breasts)) is None:
         return ""
     ends = "" if found["interval"] is None else " ({:.3f} to {:.3f})".format(*found["interval"])
-    shared = "" if found["breasts"] == len(best) == len(breasts) else f", on {found['breasts']:,} breasts of both"
+    counts = {len(each.dropna(subset=["cancer", "prediction"])) for each in (best, breasts)}
+    shared = "" if counts == {found["breasts"]} else f", on {found['breasts']:,} breasts of both"
     return f"{found['lead']:.3f}{ends}{shared}"
 
 

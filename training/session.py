@@ -246,7 +246,7 @@ class Session:
             "bad_samples": bad + len(damaged),
         }
         self._last_epoch = record
-        # Epochs of smaller pictures cannot be the best that the fold comes to, and use up no patience.
+        # Epochs of smaller pictures use up no patience: the whole ones are still to come.
         stale = self.best.stale + (self._pipeline == training_pipeline(self.config, settings.epochs - 1))
         self.best = Best(value, at.epoch, 0) if is_best else Best(self.best.value, self.best.epoch, stale)
         if self.place.is_main:

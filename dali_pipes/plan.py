@@ -269,7 +269,7 @@ class Plan:
         total, share = self.samples, self.settings.positive_share
         # Stretches of 1 / share samples, whatever the epoch's length: with one positive in eight, each eight samples
         # from the first on, and so each batch of eight, have one.
-        wanted = max(math.ceil(total * share - _ROUNDING), 1)
+        wanted = max(min(math.ceil(total * share - _ROUNDING), total - 1), 1)  # both classes, in a short one too
         edges = np.minimum(np.floor(np.arange(wanted + 1) / share + _ROUNDING), total).astype(np.int64)
         slots = edges[:-1] + np.floor(rng.random(wanted) * np.diff(edges)).astype(np.int64)
         order = np.empty(total, np.int64)

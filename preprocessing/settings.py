@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -63,7 +64,7 @@ class ConvertSettings(BaseModel):
         if (
             not levels
             or len(set(levels)) != len(levels)
-            or not all(s.isdigit() and 16 <= int(s) <= 65536 for s in sizes)
+            or not all(re.fullmatch("[1-9][0-9]{1,4}", s) and 16 <= int(s) <= 65536 for s in sizes)
         ):
             raise ValueError(f"levels are 'full' and whole numbers from 16 to 65536, each once; found {list(levels)}")
         return tuple([FULL] * (FULL in levels) + sorted(sizes, key=int, reverse=True))

@@ -15,6 +15,7 @@ from training.calibration import logit
 _PEAKED = 50.0  # an exponent that is as good as the maximum
 _MARGIN = 1e-7  # mixtures are kept this far from 0 and 1, where the loss is infinite
 _STEEPEST = 100.0  # of a recalibration: runs that part the classes without a mistake would want infinity
+_SMALLEST = 1e-3  # weight; less is none
 _TIE = 1e-4  # of each run's own loss: of mixtures that are as good, that of the better runs
 
 
@@ -44,7 +45,7 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
         return np.ones(1)
     from scipy.optimize import minimize
 
-    alone = np.array([_recalibrated_loss(cancer, column) for column in given.T])
+    alone = np.array([_recalibrated(cancer, column)[0] for column in given.T])
 
     def loss(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weights, slope, bias = found[:count], found[count], found[count + 1]
@@ -56,12 +57,15 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
         value = float(np.mean(np.logaddexp(0, z) - cancer * z)) + _TIE * float(weights @ alone)
         return value, np.r_[by_weight + _TIE * alone, error @ logits, error.sum()]
 
-    # Not convex: from the middle and from each run alone, and the best of what these come to.
-    starts = [np.full(count, 1 / count), *np.eye(count)]
-    tries = [
+    # Not convex: from the middle and from each run alone, each recalibrated; and the best of these and of what they
+    # come to, for SLSQP may end where it should not.
+    starts = [
+        np.r_[each, _recalibrated(cancer, given @ each)[1:]] for each in (np.full(count, 1 / count), *np.eye(count))
+    ]
+    ends = [
         minimize(
             loss,
-            np.r_[start, 1.0, 0.0],
+            start,
             jac=True,
             method="SLSQP",
             bounds=[*[(0.0, 1.0)] * count, (0.0, _STEEPEST), (-_STEEPEST, _STEEPEST)],
@@ -71,16 +75,24 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
                 "jac": lambda found: np.r_[np.ones(count), 0.0, 0.0],
             },
             options={"maxiter": 500, "ftol": 1e-10},
-        )
+        ).x
         for start in starts
     ]
-    weights = np.clip(min(tries, key=lambda each: each.fun).x[:count], 0, 1)
-    return weights / weights.sum()
+
+    def weighed(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """The loss of weights that sum to 1, recalibrated as well as can be, and these."""
+        weights = np.clip(found[:count], 0, 1)
+        weights = np.where(weights < _SMALLEST, 0, weights)
+        weights /= weights.sum()
+        return _recalibrated(cancer, given @ weights)[0] + _TIE * float(weights @ alone), weights
+
+    return min(map(weighed, [*starts, *(end for end in ends if np.isfinite(end).all())]), key=lambda each: each[0])[1]
 
 
-def _recalibrated_loss(labels: NDArray[np.float64], predictions: ArrayLike) -> float:
-    """Log loss of predictions after the logistic recalibration that makes it least."""
-    return metrics.log_loss(labels, calibration.fit("platt", labels, predictions)(predictions))
+def _recalibrated(labels: NDArray[np.float64], predictions: ArrayLike) -> tuple[float, float, float]:
+    """Log loss of predictions after the logistic recalibration that makes it least, and its slope and bias."""
+    fitted = calibration.fit("platt", labels, predictions)
+    return metrics.log_loss(labels, fitted(predictions)), 1 / fitted.temperature, fitted.bias
 
 
 def fit_aggregate(pictures: pd.DataFrame) -> str:
@@ -109,7 +121,7 @@ def fit_aggregate(pictures: pd.DataFrame) -> str:
         breasts = metrics.aggregate_predictions(
             known["prediction"], known["prediction_id"], f"power:{np.exp(log_exponent)}"
         )
-        return _recalibrated_loss(labels, breasts)
+        return _recalibrated(labels, breasts)[0]
 
     found = minimize_scalar(loss, bounds=(0.0, float(np.log(_PEAKED))), method="bounded")
     return f"power:{np.exp(found.x):.3f}"  # pyright: ignore[reportAttributeAccessIssue]

@@ -45,6 +45,15 @@ def test_no_whole_batch_of_a_balanced_epoch_lacks_its_positives(count, share, ba
     assert positives.max() <= np.ceil(share * batch)
 
 
+@pytest.mark.parametrize(("share", "samples"), [(0.9, 8), (0.99, 50), (0.95, 10), (0.01, 5)])
+def test_a_short_balanced_epoch_has_both_classes(share, samples):
+    labels = np.array([1.0, 1, 0, 0, 0, 0])
+    settings = LoaderSettings(positive_share=share, batch_size=2, epoch_samples=samples)
+    order = Plan(labels, settings, seed=3, train=True).order(0)
+    assert len(order) == samples
+    assert set(labels[order]) == {0, 1}
+
+
 def test_a_balanced_epoch_shows_no_row_twice_more_often_than_another_of_its_class():
     counts = np.bincount(make(positive_share=0.5).order(3), minlength=1000)
     assert np.ptp(counts[:20]) <= 1

@@ -438,3 +438,6 @@ def test_a_first_try_that_was_watched_and_failed_does_not_close_its_folder(tmp_p
 def test_levels_may_be_written_as_a_command_line_or_yaml_has_them(levels):
     assert ConvertSettings(levels=levels).levels == ("full", "1024", "512")
     assert ConvertSettings(levels=512).levels == ("512",)
+    for wrong in ("0128,128", "²³", "15", "65537", "512,512", "-64", ""):
+        with pytest.raises(ValueError, match="each once"):
+            ConvertSettings(levels=wrong)

@@ -33,7 +33,8 @@ def test_the_mixture_that_drew_the_labels_is_found():
 
 def _recalibrated(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Log loss after scikit-learn's logistic regression on the logits."""
-    logits = np.log(predictions / (1 - predictions))[:, None]
+    kept = np.clip(predictions, 1e-7, 1 - 1e-7)
+    logits = np.log(kept / (1 - kept))[:, None]
     return log_loss(labels, LogisticRegression(C=1e9).fit(logits, labels).predict_proba(logits)[:, 1])
 
 
@@ -59,18 +60,18 @@ def test_how_a_runs_epochs_were_balanced_does_not_decide_how_much_it_counts(prio
     assert roc_auc_score(labels, predictions @ fit_weights(labels, predictions)) >= strong - 0.001
 
 
-def test_no_mixture_loses_to_one_of_its_runs_alone():
-    """Runs that are far too sure, of few breasts: where a search ends short of the best."""
-    rng = np.random.default_rng(7)
-    for _ in range(40):
-        labels = (rng.random(200) < 0.08).astype(float)
-        labels[:2] = 0, 1
-        seen = labels * rng.uniform(0.8, 2) + rng.normal(size=200) * 0.5
-        sure = (seen[:, None] + rng.normal(size=(200, 2)) * rng.uniform(0.5, 1.5, 2)) * rng.uniform(5, 15, 2)
-        predictions = 1 / (1 + np.exp(-np.clip(sure - rng.uniform(0, 30, 2), -15, 15)))
-        found = _recalibrated(labels, predictions @ fit_weights(labels, predictions))
-        others = [predictions[:, 0], predictions[:, 1], predictions.mean(axis=1)]
-        assert found <= min(_recalibrated(labels, each) for each in others) + 1e-3
+@pytest.mark.parametrize("seed", [43, 110, 113, 140])
+def test_no_mixture_loses_to_one_of_its_runs_alone(seed: int):
+    """Runs that are far too sure, of few breasts: where a search alone ends short of the best."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(100) < 0.08).astype(float)
+    labels[:2] = 0, 1
+    seen = labels * rng.uniform(0.8, 2) + rng.normal(size=100) * 0.5
+    sure = (seen[:, None] + rng.normal(size=(100, 2)) * rng.uniform(0.5, 1.5, 2)) * rng.uniform(5, 15, 2)
+    predictions = 1 / (1 + np.exp(-np.clip(sure - rng.uniform(0, 30, 2), -30, 30)))
+    found = _recalibrated(labels, predictions @ fit_weights(labels, predictions))
+    others = [predictions[:, 0], predictions[:, 1], predictions.mean(axis=1)]
+    assert found <= min(_recalibrated(labels, each) for each in others) + 1e-3
 
 
 def test_a_run_that_knows_nothing_counts_for_nothing():

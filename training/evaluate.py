@@ -333,13 +333,16 @@ def _warnings(run: Run, result: dict[str, Any]) -> list[str]:
         found.append(
             f"Training has not finished in fold(s) {', '.join(unfinished)}; figures are of the best epoch so far."
         )
-    if result["threshold"]["unstable"]:
+    if result["threshold"]["interval"] is None:
+        found.append("Too few patients with or without cancer for any interval, or to rely on the threshold.")
+    elif result["threshold"]["unstable"]:
         found.append(
             "The threshold is unstable: within its interval pF1 falls by more than a tenth. Do not rely on it."
         )
     positives = result["breast"]["positives"]
     if positives < 30:
-        found.append(f"Only {positives} breasts with cancer: every interval is wide.")
+        wide = ": every interval is wide" if result["threshold"]["interval"] is not None else ""
+        found.append(f"Only {positives} breasts with cancer{wide}.")
     return found
 
 

@@ -101,7 +101,8 @@ def auroc_lead(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, se
         `breasts` that both judged, `lead`, and its 95 % `interval` (None where `bootstrap` has none); None where those
         are of one class.
     """
-    both = one.merge(other[["prediction_id", "prediction"]], on="prediction_id", suffixes=("", "_other"))
+    keys = ["prediction_id", "patient_id", "cancer"]  # of another data set an id may be the same, and not the breast
+    both = one.merge(other[[*keys, "prediction"]], on=keys, suffixes=("", "_other"))
     both = both[both[["cancer", "prediction", "prediction_other"]].notna().all(axis=1)]
     if both["cancer"].nunique() < 2:
         return None

@@ -87,6 +87,10 @@ def test_an_unstable_threshold_is_warned_of_and_a_clear_one_is_not(tmp_path):
     noise = evaluate.evaluate(_write_run(tmp_path / "noise", _frame(patients=24, signal=0.3)), resamples=200)
     assert noise["threshold"]["unstable"]
     assert any("threshold is unstable" in text for text in noise["warnings"])
+    few = evaluate.evaluate(_write_run(tmp_path / "few", _frame(patients=8)), resamples=50)
+    assert few["threshold"]["interval"] is None
+    assert any("Too few patients" in text for text in few["warnings"])
+    assert not any("interval is wide" in text or "unstable" in text for text in few["warnings"])
 
 
 def test_subgroups_cover_every_breast_once_in_each_group(tmp_path):

@@ -115,6 +115,7 @@ def test_a_lead_is_judged_on_the_same_patients():
     assert part["breasts"] == 300
     assert intervals.auroc_lead(one, one)["interval"] == [0, 0]
     assert intervals.auroc_lead(one, other[cancer == 0]) is None
+    assert intervals.auroc_lead(one, other.assign(patient_id="x" + other["patient_id"])) is None, "another data set's"
 
 
 def test_bootstrap_without_positives_has_no_intervals():

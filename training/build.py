@@ -1,6 +1,9 @@
-"""From settings to the parts of the loop: model, optimiser, schedule, loss."""
+"""From settings to the parts of the loop: model, optimiser, schedule, loss, the loader and the monitor."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from preprocessing.errors import ConfigError
+from preprocessing.manifest import Store
 from training.config import Config, TrainSettings
 from training.cpu import prepare_cpu
 from training.device import pick_precision
@@ -149,3 +153,32 @@ def build_schedule(optimizer: torch.optim.Optimizer, train: TrainSettings, batch
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def open_loader(
+    store: Store, rows: pd.DataFrame, config: Config, *, train: bool, device: torch.device, place: World
+) -> Any:
+    """The Loader of a set of rows, for this process."""
+    from dali_pipes.loader import Loader
+
+    return Loader(
+        store,
+        rows,
+        config.pipeline,
+        config.data.loader,
+        seed=config.data.seed,
+        train=train,
+        device=str(device),
+        rank=place.rank,
+        world_size=place.size,
+    )
+
+
+def open_monitor(folder: Path, config: Config, place: World, step: int = 0) -> Any:
+    """The monitor of this process; only the first one writes. `step` is where a run goes on, 0 for a new one."""
+    from training.monitor import TrainingMonitor
+    from training.trackers import open_trackers
+
+    if not place.is_main:
+        return TrainingMonitor(None, config.monitor, [])
+    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config, step), step=step)

@@ -19,6 +19,7 @@ from preprocessing.manifest import Store
 from training.config import Config
 from training.distributed import World
 from training.extra import fingerprint, labelled, open_extra
+from training.folds import held_out_digest
 from training.losses import aux_targets
 
 PACKAGES = (
@@ -28,8 +29,18 @@ PACKAGES = (
 EXTRA = "extra_stores"  # among the facts
 
 
-def describe(store: Store, fold: int, device: torch.device, world: World, command: str, weights: str) -> dict[str, Any]:
-    """The record of a run's beginning; `weights` is what the backbone began with."""
+def describe(
+    config: Config,
+    store: Store,
+    fold: int,
+    training: pd.DataFrame,
+    device: torch.device,
+    world: World,
+    command: str,
+    weights: str,
+) -> dict[str, Any]:
+    """The record of a run's beginning; `training` are its rows, `weights` is what the backbone began with."""
+    own = training[training["fold"].notna()]  # another data set's machine 48 is not this one's
     return {
         "fold": fold,
         "store": str(store.root.resolve()),
@@ -48,6 +59,14 @@ def describe(store: Store, fold: int, device: torch.device, world: World, comman
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "cuda": torch.version.cuda,
         "git_commit": git_commit(),
+        "held_out": held_out_digest(store, fold),
+        "facts_read": facts_trained_on(store, config),
+        "training": {
+            "images": len(training),
+            "machines": sorted(own["machine_id"].unique().tolist()),
+            "sites": sorted(own["site_id"].unique().tolist()),
+            "extra_stores": [str(Path(each).resolve()) for each in config.data.extra_stores],
+        },
     }
 
 

@@ -23,28 +23,19 @@ from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store
 from preprocessing.progress import Progress
 from training import checkpoint, metrics, run_files, runs
-from training.build import build_parts
+from training.build import build_parts, open_loader, open_monitor
 from training.config import Config
 from training.console import clock
 from training.distributed import World
-from training.environment import describe, facts_trained_on
-from training.folds import held_out_digest
+from training.environment import describe
 from training.loop import Batch, FiniteGuard, Position, train_epoch, validate
 from training.resizing import training_pipeline
 from training.signals import StopSignal
+from training.state import Best, captured, restore
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 20  # optimiser steps between two "step" records
-
-
-@dataclass
-class Best:
-    """The best epoch so far, and how many epochs have gone by without a better one."""
-
-    value: float = float("nan")
-    epoch: int = -1
-    stale: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,21 +298,13 @@ class Session:
         """Take up a checkpoint, or make the folder."""
         if saved is not None:
             state, described = saved
-            self._restore(state)
+            self.best, self.spent = restore(state, self.parts, self.at, global_batch=self._global_batch())
             log.info("Continuing %s at epoch %d, batch %d.", self.folder, self.at.epoch + 1, self.at.batch)
             if self.place.is_main:
                 run_files.drop_records_after(self.folder / runs.RECORDS, described["epoch"], described["step"])
         elif self.place.is_main:
-            environment = describe(self.store, self.fold, self.device, self.place, self.command, weights)
-            environment["held_out"] = held_out_digest(self.store, self.fold)
-            environment["facts_read"] = facts_trained_on(self.store, self.config)
-            own = self.training[self.training["fold"].notna()]  # another data set's machine 48 is not this one's
-            environment["training"] = {
-                "images": len(self.training),
-                "machines": sorted(own["machine_id"].unique().tolist()),
-                "sites": sorted(own["site_id"].unique().tolist()),
-                "extra_stores": [str(Path(each).resolve()) for each in self.config.data.extra_stores],
-            }
+            of_run = self.config, self.store, self.fold, self.training
+            environment = describe(*of_run, self.device, self.place, self.command, weights)
             (self.folder / runs.RECORDS).unlink(missing_ok=True)
             runs.begin(self.folder, self.config, environment)
         self.place.barrier()
@@ -329,26 +312,14 @@ class Session:
     def _save(self) -> None:
         """Write a checkpoint; every process calls it, and the first one writes."""
         self.saved_at = time.monotonic()
-        at, parts = self.at, self.parts
+        at = self.at
         loss_sum = self.place.sum(at.loss_sum) / self.place.size
         if not self.place.is_main:
             return
-        state = {
-            "model": parts.model.state_dict(),
-            "ema": parts.ema.module.state_dict() if parts.ema is not None else None,
-            "optimizer": parts.optimizer.state_dict(),
-            "scaler": parts.scaler.state_dict(),
-            "position": {
-                "epoch": at.epoch,
-                "batch": at.batch,
-                "batches": at.batches,
-                "global_batch": self._global_batch(),
-                "step": at.step,
-                "loss_sum": loss_sum.detach().cpu(),
-            },
-            "best": asdict(self.best),
-            "seconds": self.spent + time.monotonic() - self.started,
-        }
+        seconds = self.spent + time.monotonic() - self.started
+        state = captured(
+            self.parts, at, self.best, loss_sum=loss_sum, global_batch=self._global_batch(), seconds=seconds
+        )
         described = {
             "epoch": at.epoch,
             "batch": at.batch,
@@ -358,34 +329,6 @@ class Session:
             "config": self.config.model_dump(mode="json"),
         }
         checkpoint.save(self.folder / runs.CHECKPOINTS, state, described, self.config.train.keep_checkpoints)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        parts, position = self.parts, state["position"]
-        parts.model.load_state_dict(state["model"])
-        if parts.ema is not None:
-            parts.ema.module.load_state_dict(state["ema"])
-        parts.optimizer.load_state_dict(state["optimizer"])
-        parts.scaler.load_state_dict(state["scaler"])
-        self.at.epoch, self.at.batch, self.at.step = position["epoch"], position["batch"], position["step"]
-        self.at.loss_sum.copy_(position["loss_sum"])
-        self.best, self.spent = Best(**state["best"]), state["seconds"]
-        if position["global_batch"] != self._global_batch():
-            self._rescale(position)
-        # The schedule follows from the position; its own state would bring the length of the old batches along.
-        parts.scheduler.step_update(self.at.scheduled(self.config.train.accumulate))
-
-    def _rescale(self, position: dict[str, Any]) -> None:
-        """Another number of processes makes another global batch: go on at the same sample."""
-        at, accumulate = self.at, self.config.train.accumulate
-        samples = position["batch"] * position["global_batch"]
-        at.batch = min(samples // self._global_batch(), at.batches)
-        if at.batch < at.batches:
-            at.batch -= at.batch % accumulate
-        at.loss_sum *= at.batch / max(position["batch"], 1)
-        log.warning(
-            "The global batch is %d instead of %d: continuing after %d of the epoch's samples.",
-            *(self._global_batch(), position["global_batch"], at.batch * self._global_batch()),
-        )
 
     def _leave(self) -> None:
         self._save()
@@ -426,32 +369,3 @@ def _is_better(value: float, best: float, metric: str) -> bool:
     if np.isnan(best):
         return True
     return value < best if metric in metrics.LOWER_IS_BETTER else value > best
-
-
-def open_loader(
-    store: Store, rows: pd.DataFrame, config: Config, *, train: bool, device: torch.device, place: World
-) -> Any:
-    """The Loader of a set of rows, for this process."""
-    from dali_pipes.loader import Loader
-
-    return Loader(
-        store,
-        rows,
-        config.pipeline,
-        config.data.loader,
-        seed=config.data.seed,
-        train=train,
-        device=str(device),
-        rank=place.rank,
-        world_size=place.size,
-    )
-
-
-def open_monitor(folder: Path, config: Config, place: World, step: int = 0) -> Any:
-    """The monitor of this process; only the first one writes. `step` is where a run goes on, 0 for a new one."""
-    from training.monitor import TrainingMonitor
-    from training.trackers import open_trackers
-
-    if not place.is_main:
-        return TrainingMonitor(None, config.monitor, [])
-    return TrainingMonitor(folder, config.monitor, open_trackers(folder, config, step), step=step)

@@ -16,7 +16,7 @@ from typing import Any
 import rich_click as click
 from click.core import ParameterSource
 
-from preprocessing.errors import InputError, UserError
+from preprocessing.errors import InputError, UserError, command_line
 
 STORE = Path("store")
 RUN = Path("runs/default")
@@ -270,7 +270,8 @@ def verify(ctx: click.Context, store: Path) -> None:
     click.echo(f"{store}: {len(opened.manifest)} pictures, {len(problems)} damaged tiles.")
     if problems:
         click.echo(
-            f"Repair them with: python cli.py convert --repair --out {store}, and the --images and --csv that made it"
+            f"Repair them with: {command_line(f'convert --repair --out {store}')}, "
+            "and the --images and --csv that made it"
         )
         ctx.exit(1)
 

@@ -28,7 +28,7 @@ from dali_pipes.sampling import hard_rows, row_weights
 from dali_pipes.settings import LoaderSettings, PipelineSettings
 from dali_pipes.source import Fault, Source, require_patch_level
 from dali_pipes.steps import HostSteps
-from preprocessing.errors import StoreError
+from preprocessing.errors import StoreError, command_line
 from preprocessing.machine import available_cores, processes_here
 from preprocessing.manifest import Store
 
@@ -357,6 +357,6 @@ class Loader:
             listed = "\n".join(f"  {reason}" for _, reason in sorted(self._faults.items()))
             raise StoreError(
                 f"{len(self._faults)} damaged tiles, more than data.loader.max_bad_samples = {most} allows. Mend the "
-                f"store that they are in with: python cli.py convert --repair --out {self._root}, and the --images and "
-                f"--csv that it was made from\n{listed}"
+                f"store that they are in with: {command_line(f'convert --repair --out {self._root}')}, and the "
+                f"--images and --csv that it was made from\n{listed}"
             )

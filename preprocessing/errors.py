@@ -6,6 +6,9 @@ prints it as one line and exits with status 2; anything that is not a `UserError
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 
 class UserError(Exception):
     """Input, an option or a state of the disk that the user can mend. The message is one clear sentence or two."""
@@ -25,3 +28,9 @@ class RunError(UserError):
 
 class InputError(UserError):
     """A CSV file, a folder or an option of a command that does not hold what it must."""
+
+
+def command_line(command: str) -> str:
+    """A command of this program as whoever runs it types it: after `mammopipe` where that is what is installed and was
+    called, else after `python cli.py`, which a checkout has."""
+    return f"mammopipe {command}" if Path(sys.argv[0]).name == "mammopipe" else f"python cli.py {command}"

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocessing.errors import StoreError
+from preprocessing.errors import StoreError, command_line
 from preprocessing.files import replaced, write_atomically
 from preprocessing.settings import FULL, ConvertSettings
 
@@ -167,7 +167,7 @@ def open_store(root: str | Path, finished: bool = True) -> Store:
     head = root / "store.json"
     if not head.is_file():
         raise StoreError(
-            f"{root}: no store there (store.json is missing). Make one with: python cli.py convert --out {root}"
+            f"{root}: no store there (store.json is missing). Make one with: {command_line(f'convert --out {root}')}"
         )
     try:
         described = json.loads(head.read_text(encoding="utf-8"))

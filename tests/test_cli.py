@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
-from preprocessing.errors import InputError, UserError
+from preprocessing.errors import InputError, StoreError, UserError
 from preprocessing.manifest import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,6 +264,16 @@ def test_store_of_another_version_is_refused(work, tmp_path):
 
 def test_missing_store_says_how_to_make_one(tmp_path):
     assert "cli.py convert" in fails("train", "--store", tmp_path / "none", "--out", tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("called", "typed"),
+    [("/checkout/cli.py", "python cli.py convert --out"), ("/env/bin/mammopipe", "mammopipe convert --out")],
+)
+def test_advice_names_commands_as_they_are_typed(tmp_path, monkeypatch, called, typed):
+    monkeypatch.setattr("sys.argv", [called, "verify"])
+    with pytest.raises(StoreError, match=f": {typed}"):
+        open_store(tmp_path / "none")
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):

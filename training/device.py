@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from preprocessing.errors import ConfigError
+from preprocessing.errors import ConfigError, command_line
 from training.config import DEVICES
 
 _NOTICED = 2**30  # bytes
@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     if index >= count:
         raise ConfigError(
             f"train.device = {name}: torch finds {count} NVIDIA GPU(s) here; use --set train.device=auto, or see: "
-            "python cli.py doctor"
+            f"{command_line('doctor')}"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing import machine
+from preprocessing.errors import command_line
 from training.gpu import GpuReader
 
 NEEDED_PACKAGES = ("nvidia-dali-cuda120", "torch", "torchvision", "timm", "pydicom", "dicomsdl", "nvidia-ml-py")
@@ -174,7 +175,9 @@ def _codec() -> Check:
     from preprocessing.settings import GPU_CODEC, ConvertSettings
 
     if gpu_answers():
-        return Check("codec for stores", f"{GPU_CODEC} to train on the GPU: python cli.py convert --codec {GPU_CODEC}")
+        return Check(
+            "codec for stores", f"{GPU_CODEC} to train on the GPU: {command_line(f'convert --codec {GPU_CODEC}')}"
+        )
     return Check("codec for stores", f"{ConvertSettings().codec}, the default")
 
 

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dali_pipes.settings import LoaderSettings, PipelineSettings
-from preprocessing.errors import ConfigError, RunError
+from preprocessing.errors import ConfigError, RunError, command_line
 from preprocessing.files import scratch, write_atomically
 from preprocessing.settings import ConvertSettings
 from training import run_files, runs
@@ -77,7 +77,7 @@ class ExportSummary:
         return (
             f"Exported {self.folds} fold(s) to {self.folder / ONNX} and {PROGRAM}; largest difference from torch "
             f"{self.onnx_difference:.1e} (onnxruntime) and {self.program_difference:.1e} (torch.export). "
-            f"Predict with: python cli.py predict --model {self.folder / ONNX}"
+            f"Predict with: {command_line(f'predict --model {self.folder / ONNX}')}"
         )
 
 
@@ -194,7 +194,9 @@ def open_exported(path: Path, device: str = "auto") -> Ensemble:
     beside = path.with_name(DESCRIPTION)
     for file in (path, beside):
         if not file.is_file():
-            raise RunError(f"{file}: no such file. Make it with: python cli.py export --runs RUN --out {path.parent}")
+            raise RunError(
+                f"{file}: no such file. Make it with: {command_line(f'export --runs RUN --out {path.parent}')}"
+            )
     again = "Export the run again."
     known = run_files.read_json(beside, again)
     if known.get("format") != FORMAT or known.get("version") != VERSION:

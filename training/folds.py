@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from preprocessing.errors import InputError, StoreError
+from preprocessing.errors import InputError, StoreError, command_line
 from preprocessing.files import write_atomically
 from preprocessing.manifest import Store
 from training.config import DataSettings
@@ -52,9 +52,9 @@ def read_folds(store: Store) -> pd.DataFrame:
         StoreError: no folds there, a damaged file, images without a fold, or a patient in two folds.
     """
     path = store.root / FOLDS_FILE
-    again = f"Make them again with: python cli.py folds --store {store.root}"
+    again = f"Make them again with: {command_line(f'folds --store {store.root}')}"
     if not path.is_file():
-        raise StoreError(f"{path}: no folds there. Make them with: python cli.py folds --store {store.root}")
+        raise StoreError(f"{path}: no folds there. Make them with: {command_line(f'folds --store {store.root}')}")
     try:
         folds = pd.read_csv(path, dtype={"image_id": str, "fold": np.int64}, keep_default_na=False)
         folds = folds[["image_id", "fold"]]
@@ -86,7 +86,7 @@ def check_leak(rows: pd.DataFrame, folds: pd.DataFrame) -> None:
         found = sorted(joined.loc[joined["patient_id"] == patient, "fold"].unique().tolist())
         raise StoreError(
             f"{FOLDS_FILE}: patient {patient} lies in folds {found}, so what is learnt from one would be tested on "
-            "the other; make the folds again with: python cli.py folds"
+            f"the other; make the folds again with: {command_line('folds')}"
         )
 
 
@@ -99,9 +99,9 @@ def read_or_make_folds(store: Store, settings: DataSettings) -> pd.DataFrame:
     count = folds["fold"].nunique()
     if count != settings.folds:
         log.warning(
-            "%s has %d folds, and data.folds = %d is not used. Make others with: python cli.py folds --store %s --set "
-            "data.folds=%d",
-            *(store.root / FOLDS_FILE, count, settings.folds, store.root, settings.folds),
+            "%s has %d folds, and data.folds = %d is not used. Make others with: %s",
+            *(store.root / FOLDS_FILE, count, settings.folds),
+            command_line(f"folds --store {store.root} --set data.folds={settings.folds}"),
         )
     return folds
 

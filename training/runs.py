@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from preprocessing.errors import ConfigError, RunError
+from preprocessing.errors import ConfigError, RunError, command_line
 from preprocessing.files import claimed, write_atomically
 from preprocessing.manifest import Store
 from training import run_files
@@ -106,7 +106,7 @@ def open_run(root: str | Path) -> Run:
     """
     root = Path(root)
     if not root.is_dir():
-        raise RunError(f"{root}: no run there. Train one with: python cli.py train --out {root}")
+        raise RunError(f"{root}: no run there. Train one with: {command_line(f'train --out {root}')}")
     found = {int(m[1]): path for path in root.iterdir() if (m := re.fullmatch(r"fold(\d+)", path.name))}
     folds = tuple(FoldRun(path, fold) for fold, path in sorted(found.items()) if (path / CONFIG).is_file())
     if not folds and (root / CONFIG).is_file():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing import convert as conversion
-from preprocessing.errors import InputError, RunError
+from preprocessing.errors import InputError, RunError, command_line
 from preprocessing.files import write_atomically
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
@@ -78,7 +78,7 @@ def run_all(job: Job, console: Console) -> Outcome:
     steps = Steps(job.run / "workflow.json", console)
     for path in (job.images, job.table):
         if not path.exists():
-            raise InputError(f"{path}: not there. Make a synthetic data set with: python cli.py synth")
+            raise InputError(f"{path}: not there. Make a synthetic data set with: {command_line('synth')}")
     if not job.test_table.exists():
         console.print(f"{job.test_table}: no such CSV file; nothing will be predicted.")
     elif not job.test_images.is_dir():

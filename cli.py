@@ -21,9 +21,9 @@ from preprocessing.errors import InputError, UserError, command_line
 STORE = Path("store")
 RUN = Path("runs/default")
 RSNA = Path("data/rsna")
-# What a disk, a quota, rights or a wrong name make impossible; any other OSError is a fault of ours.
+# What a disk, a network share, a quota, rights or a wrong name make impossible; any other OSError is a fault of ours.
 _DISK = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 
@@ -229,10 +229,12 @@ def convert(
         "codec": codec,
         "crop": False if no_crop else None,
         "frame": frame,
-        "decode_on": decode_on,
+        "decode_on": None if ctx.get_parameter_source("decode_on") is ParameterSource.DEFAULT else decode_on,
     }
-    given = {name: value for name, value in given.items() if value is not None} | assigned(overrides)
-    settings = checked(ConvertSettings, given, "convert", overrides)
+    given, others = {name: value for name, value in given.items() if value is not None}, assigned(overrides)
+    for name in given.keys() & others.keys():
+        raise InputError(f"--set {name}={others[name]}: the option for {name} is given too. Leave one of them out.")
+    settings = checked(ConvertSettings, given | others, "convert", overrides)
     with _console(ctx) as console, watched(console, "Converting", "files", "convert", out) as (_, advance):
         summary = conversion.convert(
             images,
@@ -485,6 +487,9 @@ def predict(
         images, table = RSNA / "test_images", table or RSNA / "test.csv"
     if columns and table is None:
         raise InputError("--column says how a table is read: give one with --csv.")
+    for name in ("explain_threshold", "explain_method"):
+        if explain is None and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise InputError(f"--{name.replace('_', '-')} goes with --explain DIR, where the overlays are drawn.")
     with _console(ctx) as console, watched(console, "Predicting", "images", "predict") as (monitor, advance):
         summary = prediction.predict(
             list(runs) or ([] if models else [RUN]),

@@ -276,7 +276,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     for name in ("img/s", "CPU ms", "first s", "MiB"):
         table.add_column(name, justify="right")
     table.add_column("", no_wrap=True)  # the plot
-    most = max(row["images_per_s"] for row in found["rows"] if not row["name"].startswith("floor"))
+    rates = [row["images_per_s"] for row in found["rows"] if not row["name"].startswith("floor")]
+    most = max(rates, default=1.0)  # none where all of them failed, as is said then
     for row in found["rows"]:
         first, memory = row.get("first_batch_s"), row.get("peak_memory_mb")
         table.add_row(

@@ -19,7 +19,7 @@ FREE = ("decode_on", "timeout_s", "memory_mb", "max_pixels")
 class ConvertSettings(BaseModel):
     """How source pictures become a store. A store remembers them: the same settings give the same bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     levels: tuple[str, ...] = Field(
         default=("full", "2048", "1024", "512"),

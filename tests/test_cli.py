@@ -299,6 +299,8 @@ def test_every_setting_of_a_conversion_can_be_set(work, tmp_path):
     told = ("convert", "--images", images, "--out", tmp_path / "store", "--codec", "none", "-q")
     assert "--set: unknown setting 'max_pixelz'" in fails(*told, "--set", "max_pixelz=1")
     assert "memory_mb" in fails(*told, "--set", "memory_mb=little")
+    assert "timeout_s" in fails(*told, "--set", "timeout_s=.inf")
+    assert "--set codec=zstd: the option for codec is given too" in fails(*told, "--set", "codec=zstd")
     assert not (tmp_path / "store").exists()
     small = call(*told, "--set", "max_pixels=100", "--set", "tile=64")
     rejected = pd.read_csv(tmp_path / "store" / "rejected.csv")
@@ -319,6 +321,11 @@ def test_what_is_explained_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr("training.predict.predict", predict)
     fails("predict", "--explain", tmp_path, "--explain-threshold", "0.02", "--explain-method", "gradcam")
     assert (asked["explain"], asked["explain_threshold"], asked["explain_method"]) == (tmp_path, 0.02, "gradcam")
+
+
+@pytest.mark.parametrize("option", ["--explain-threshold=0.2", "--explain-method=gradcam"])
+def test_how_to_explain_is_refused_where_nothing_is_explained(tmp_path, option):
+    assert f"{option.partition('=')[0]} goes with --explain" in fails("predict", option, "--out", tmp_path / "s.csv")
 
 
 def test_traceback_is_shown_on_request(tmp_path):

@@ -311,7 +311,7 @@ def _assignment(text: str) -> tuple[str, Any, str]:
     """Name and value of a `--set`, and how messages call it."""
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
-        raise ConfigError(f"--set {text}: expected NAME=VALUE such as train.lr=3e-4.")
+        raise ConfigError(f"--set {text}: expected NAME=VALUE.")
     return path.strip(), _scalar(value), f"--set {text}"
 
 

@@ -35,7 +35,7 @@ def pf1(labels: ArrayLike, predictions: ArrayLike) -> float:
 
 def pf1_at(labels: ArrayLike, predictions: ArrayLike, threshold: float) -> float:
     """pF1 of the predictions made 1 at or above the threshold and 0 below it: ordinary F1."""
-    return pf1(labels, np.asarray(predictions, dtype=np.float64) >= threshold)
+    return confusion(labels, predictions, threshold)["pf1"]
 
 
 def pf1_best(labels: ArrayLike, predictions: ArrayLike) -> tuple[float, float]:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cli
+from preprocessing.convert import convert
+from preprocessing.manifest import open_store
+from preprocessing.settings import ConvertSettings
+from preprocessing.synth import synthesize
+from training.config import DataSettings
+from training.folds import make_folds
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
@@ -43,3 +50,19 @@ def test_architecture_names_every_module():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     modules = [p for package in ("preprocessing", "dali_pipes", "training") for p in (ROOT / package).glob("*.py")]
     assert [p.name for p in modules if p.name != "__init__.py" and p.name not in text] == []
+
+
+def test_python_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synthesize(Path("data/rsna"), patients=10)
+    convert(
+        Path("data/rsna/train_images"), Path("data/rsna/train.csv"), Path("store"), ConvertSettings(levels=("512",))
+    )
+    make_folds(open_store("store"), DataSettings())
+    names: dict[str, Any] = {}
+    for block in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
+    ):
+        exec(compile(block, "docs/python.md", "exec"), names)  # pages of ours
+    assert len(names["predictions"]) == len(names["held_out"]) > 0
+    assert Path("submission.csv").is_file()

@@ -118,8 +118,6 @@ def _decode_tiff(file: Source, settings: ConvertSettings) -> tuple[NDArray[np.in
 
 def _grey(values: NDArray[Any]) -> NDArray[np.integer]:
     """[rows, columns] out of one to four channels: alpha dropped, equal channels as one, colour as its luminance."""
-    if values.dtype not in (np.uint8, np.uint16, np.int16):
-        raise Rejection(Reason.UNSUPPORTED_PIXELS, f"{values.dtype} pixels; 8 or 16 bits of integers expected")
     if values.ndim == 2:
         return values
     if values.ndim != 3 or values.shape[2] > 4:

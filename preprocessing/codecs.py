@@ -77,7 +77,7 @@ def from_packbits(data: bytes, facts: Codestream) -> NDArray[np.integer]:
     try:
         values = imagecodecs.dicomrle_decode(data, f"<u{width}")
     except RuntimeError:  # ImcdError is one
-        values = _join_segments(data, width)
+        values = _join_segments(data, width, facts)
     if not size <= len(values) < size + facts.columns * width:
         raise ValueError(f"{len(values)} bytes; {size} expected")
     return np.frombuffer(values, f"<u{width}", facts.rows * facts.columns).reshape(facts.rows, facts.columns)
@@ -116,14 +116,15 @@ _DICOMSDL_SYNTAXES = {
 }
 
 
-def _join_segments(data: bytes, width: int) -> bytes:
+def _join_segments(data: bytes, width: int, facts: Codestream) -> bytes:
     """RLE segments, the most significant byte's first, as little-endian values."""
     count, *offsets = unpack("<16I", data[:64])
     ends = [*offsets[1:count], len(data)]
     planes = [decode_segment(data[start:end]) for start, end in zip(offsets[:count], ends, strict=True)]
-    if len({len(plane) for plane in planes}) > 1 or count != width:
-        raise ValueError("segments of different lengths")
-    return np.stack([np.frombuffer(plane, np.uint8) for plane in reversed(planes)], axis=1).tobytes()
+    pixels = facts.rows * facts.columns
+    if count != width or not all(pixels <= len(plane) < pixels + facts.columns for plane in planes):
+        raise ValueError(f"{count} segments of {[len(plane) for plane in planes]} bytes; {width} of {pixels} expected")
+    return np.stack([np.frombuffer(plane, np.uint8, pixels) for plane in reversed(planes)], axis=1).tobytes()
 
 
 def _minimal_dicom(data: bytes, facts: Codestream) -> bytes:

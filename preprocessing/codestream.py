@@ -49,7 +49,8 @@ _BARE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _SIZ, _CAP, _COD, _SOT, _EOC = 0xFF51, 0xFF50, 0xFF52, 0xFF90, 0xFFD9
 _SOS = 0xDA
 _WAVELET = 13  # bytes from the COD marker to its transformation: 0 is 9-7, 1 is 5-3
-_EOI_WITHIN = 64  # bytes at the end in which the end marker must lie: fragments are padded
+_END = b"\xff\xd9"  # EOI of JPEG, EOC of JPEG 2000
+_END_WITHIN = 64  # bytes at the end, padding with zeros or fill bytes aside, in which the end marker must lie
 
 
 def sniff(data: bytes) -> Kind | None:
@@ -136,7 +137,7 @@ def ends_in_background(data: bytes, columns: int) -> bool:
     if table not in tables:
         return True
     code, bits = tables[table]
-    end = data.rfind(b"\xff\xd9")
+    end = data.rfind(_END)
     if end < 0:
         return False
     # Up to 7 padding bits and a stuffed zero follow the last code: whole periods before them are compared.
@@ -188,7 +189,7 @@ def _inspect_jpeg(data: bytes) -> Codestream:
             found = replace(found, reversible=data[start + 3] == 1)  # Ss, after one component's selector
     if found is None:
         raise Rejection(Reason.DECODE_FAILED, "a JPEG without a frame header")
-    if data[-_EOI_WITHIN:].rfind(b"\xff\xd9") < 0:
+    if not _has_end(data):
         raise Rejection(Reason.TRUNCATED, "the JPEG has no end marker")
     return found
 
@@ -228,7 +229,7 @@ def _check_tile_parts(data: bytes, position: int, tiles: int) -> None:
             raise Rejection(Reason.DECODE_FAILED, f"JPEG 2000 tile {tile} of {tiles}")
         seen.add(tile)
         if length == 0:  # to the end of the codestream
-            if data[-_EOI_WITHIN:].rfind(b"\xff\xd9") < 0:
+            if not _has_end(data):
                 raise Rejection(Reason.TRUNCATED, "the JPEG 2000 codestream has no end marker")
             break
         if length < 14:
@@ -237,10 +238,14 @@ def _check_tile_parts(data: bytes, position: int, tiles: int) -> None:
         if position > len(data):
             raise Rejection(Reason.TRUNCATED, f"JPEG 2000 tile {tile} of {tiles} is cut")
     else:
-        if position < len(data) and data[position : position + 2] != b"\xff\xd9":
+        if position < len(data) and data[position : position + 2] != _END:
             raise Rejection(Reason.DECODE_FAILED, "damaged JPEG 2000 tile-parts")
     if len(seen) < tiles:
         raise Rejection(Reason.TRUNCATED, f"{len(seen)} of {tiles} JPEG 2000 tiles")
+
+
+def _has_end(data: bytes) -> bool:
+    return _END in data.rstrip(b"\0\xff")[-_END_WITHIN:]
 
 
 def _zero_codes(table: bytes) -> dict[int, tuple[int, int]]:

@@ -123,6 +123,15 @@ def test_every_depth_is_exact(tmp_path: Path, bits: int, syntax: str) -> None:
     )
 
 
+@pytest.mark.parametrize("syntax", sorted(set(LOSSLESS) - NATIVE))
+@pytest.mark.parametrize("bits", [8, 12])
+def test_padding_behind_a_frame_costs_nothing(tmp_path: Path, syntax: str, bits: int) -> None:
+    values = picture(bits)
+    padded = encode(values, syntax, bits) + bytes(100)
+    path = write(tmp_path / "a.dcm", values, syntax=syntax, bits=bits, frames=[padded])
+    np.testing.assert_array_equal(decode(path, SETTINGS).stored, values)
+
+
 @pytest.mark.parametrize("predictor", range(1, 8))
 def test_every_predictor_of_lossless_jpeg_is_exact(tmp_path: Path, predictor: int) -> None:
     values = picture(12)

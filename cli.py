@@ -381,8 +381,8 @@ def train(
 def evaluate(ctx: click.Context, store: Path, runs: Path, covariates: str | None) -> None:
     """Compute every metric over a run's out-of-fold predictions."""
     from preprocessing.manifest import open_store
-    from training import evaluate as evaluation
-    from training.covariates import parse_names
+    from training.evaluation import evaluate as evaluation
+    from training.inference.covariates import parse_names
 
     with _console(ctx) as console:
         metrics = evaluation.evaluate(runs, open_store(store), names=parse_names(covariates))
@@ -477,8 +477,8 @@ def predict(
     """
     if store is None:  # between layers torch's threads then sleep: the processes that decode want the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
-    from training import predict as prediction
-    from training.covariates import parse_names
+    from training.inference import predict as prediction
+    from training.inference.covariates import parse_names
     from training.monitor import watched
 
     if store is not None and images is not None:
@@ -538,8 +538,8 @@ def _weights(text: str | None) -> Any:
 @_covariates
 def export(runs: Path, out: Path | None, calibrate: Any, aggregate: Any, covariates: str | None) -> None:
     """Write a run as ONNX and torch.export models, verified, with everything needed to use them."""
-    from training import export as exporting
-    from training.covariates import parse_names
+    from training.inference import export as exporting
+    from training.inference.covariates import parse_names
 
     click.echo(exporting.export(runs, out or runs / "export", calibrate, aggregate, parse_names(covariates)))
 
@@ -555,7 +555,7 @@ def features(
     ctx: click.Context, runs: Path, store: Path, out: Path | None, batch_size: int | None, device: str | None
 ) -> None:
     """Write what each fold's model sees in a store's pictures: a feature vector each, as Parquet."""
-    from training import features as extraction
+    from training.inference import features as extraction
     from training.monitor import watched
 
     with _console(ctx) as console, watched(console, "Extracting features", "images", "predict") as (monitor, advance):
@@ -593,7 +593,7 @@ def analyse(ctx: click.Context, config_source: str | None, overrides: tuple[str,
 @click.option("--out", type=_PATH, default=None, help="Page to write.  [default: report.html in the first run folder]")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write a run's report, one self-contained HTML page."""
-    from training.report import write_report
+    from training.evaluation.report import write_report
 
     click.echo(f"Report: {write_report(list(runs) or [RUN], out)}")
 

@@ -25,12 +25,13 @@ from preprocessing.convert import convert
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.synth import synthesize
-from training import evaluate, fit, intervals, metrics, run_files, runs
-from training.assemble import open_ensemble
+from training import fit, metrics, run_files, runs
 from training.config import Config, load_config
 from training.console import Console
-from training.covariates import parse_names
+from training.evaluation import evaluate, intervals
 from training.folds import read_or_make_folds
+from training.inference.assemble import open_ensemble
+from training.inference.covariates import parse_names
 
 TRIAL_STEPS = 8
 

@@ -53,13 +53,13 @@ from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import Source, read_table
 from training import run_files, runs
-from training.assemble import open_ensemble
 from training.config import Config, load_config
-from training.ensemble import Ensemble
-from training.intake import levels_read, stream
+from training.inference.assemble import open_ensemble
+from training.inference.ensemble import Ensemble
+from training.inference.intake import levels_read, stream
+from training.inference.predict import predict
+from training.inference.submission import Results, asked_by_table, compose, judge
 from training.model import build_model
-from training.predict import predict
-from training.submission import Results, asked_by_table, compose, judge
 
 ENCODINGS = {
     "both": (uid.JPEG2000Lossless, uid.JPEGLosslessSV1),

@@ -68,7 +68,7 @@ def test_predicting_from_files_has_torchs_threads_sleep_between_layers(monkeypat
         seen.append(os.environ.get("OMP_WAIT_POLICY"))
         raise InputError("enough")
 
-    monkeypatch.setattr("training.predict.predict", stop)
+    monkeypatch.setattr("training.inference.predict.predict", stop)
     monkeypatch.setenv("OMP_WAIT_POLICY", there or "")
     if there is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -318,7 +318,7 @@ def test_what_is_explained_can_be_chosen(monkeypatch, tmp_path):
         asked.update(told)
         raise UserError("enough")
 
-    monkeypatch.setattr("training.predict.predict", predict)
+    monkeypatch.setattr("training.inference.predict.predict", predict)
     fails("predict", "--explain", tmp_path, "--explain-threshold", "0.02", "--explain-method", "gradcam")
     assert (asked["explain"], asked["explain_threshold"], asked["explain_method"]) == (tmp_path, 0.02, "gradcam")
 

@@ -23,11 +23,13 @@ from preprocessing.files import write_atomically
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
 from training import config as configuration
-from training import evaluate as evaluation
-from training import fit, folds, predict, report, run_files, runs
+from training import fit, folds, run_files, runs
 from training.config import Config
 from training.console import Console
 from training.environment import facts_trained_on
+from training.evaluation import evaluate as evaluation
+from training.evaluation import report
+from training.inference import predict
 from training.monitor import watched
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from preprocessing.synth import synthesize
 from tests.training import fakes
 from tests.training.untrained import make_run
 from training import metrics, run_files, runs
-from training.assemble import open_ensemble
+from training.inference.assemble import open_ensemble
 
 
 def test_labels_are_dealt_out_anew_over_whole_patients(tmp_path):

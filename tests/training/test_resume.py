@@ -17,7 +17,8 @@ from preprocessing.convert import convert
 from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
 from tests.training import fakes
-from training import checkpoint, evaluate, fit, runs, session
+from training import checkpoint, fit, runs, session
+from training.evaluation import evaluate
 
 OVERRIDES = (
     "pipeline.height=64",

@@ -15,7 +15,9 @@ import pandas as pd
 
 from preprocessing.errors import RunError
 from preprocessing.manifest import Store
-from training import covariates, intervals, metrics, run_files, runs
+from training import metrics, run_files, runs
+from training.evaluation import intervals
+from training.inference import covariates
 from training.runs import Run
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from training.batch_norm import fold_batch_norms
+from training.inference.batch_norm import fold_batch_norms
 
 
 def randomised(model):

@@ -34,11 +34,11 @@ from preprocessing.errors import ConfigError, RunError, command_line
 from preprocessing.files import scratch, write_atomically
 from preprocessing.settings import ConvertSettings
 from training import run_files, runs
-from training.assemble import Aggregate, open_ensemble
-from training.calibration import Calibration, Method
-from training.covariates import Covariates
 from training.device import pick_device
-from training.ensemble import Ensemble, Group, Member
+from training.inference.assemble import Aggregate, open_ensemble
+from training.inference.calibration import Calibration, Method
+from training.inference.covariates import Covariates
+from training.inference.ensemble import Ensemble, Group, Member
 
 ONNX, PROGRAM, DESCRIPTION = "model.onnx", "model.pt2", "model.json"
 FORMAT = "mammopipe-export"

@@ -13,8 +13,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from preprocessing.errors import RunError
 from tests.training.untrained import make_run
-from training.assemble import open_ensemble
-from training.calibration import Calibration, fit
+from training.inference.assemble import open_ensemble
+from training.inference.calibration import Calibration, fit
 
 
 def _drawn(temperature: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:

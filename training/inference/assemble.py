@@ -20,12 +20,13 @@ from dali_pipes.settings import PipelineSettings
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.settings import ConvertSettings
-from training import calibration, covariates, metrics, runs
-from training.batch_norm import fold_batch_norms
-from training.blend import fit_aggregate, fit_weights
+from training import metrics, runs
 from training.cpu import prepare_cpu
 from training.device import pick_device, pick_precision
-from training.ensemble import Ensemble, Group, Member
+from training.inference import calibration, covariates
+from training.inference.batch_norm import fold_batch_norms
+from training.inference.blend import fit_aggregate, fit_weights
+from training.inference.ensemble import Ensemble, Group, Member
 from training.runs import FoldRun
 
 log = logging.getLogger(__name__)

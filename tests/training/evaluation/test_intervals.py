@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from training import intervals
+from training.evaluation import intervals
 
 
 def test_intervals_of_nothing_are_none():

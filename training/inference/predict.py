@@ -31,13 +31,20 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress, Report
 from preprocessing.settings import DecodeOn
 from training import run_files
-from training.assemble import Aggregate, Weights, average, given_weights, open_ensemble, require_same_conversion
-from training.calibration import Method
-from training.ensemble import Ensemble
 from training.failures import loading_advice, prediction_advice
-from training.intake import Chunk, from_store, levels_read, stream
-from training.partial import Part, Partial, unfinished, writing
-from training.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
+from training.inference.assemble import (
+    Aggregate,
+    Weights,
+    average,
+    given_weights,
+    open_ensemble,
+    require_same_conversion,
+)
+from training.inference.calibration import Method
+from training.inference.ensemble import Ensemble
+from training.inference.intake import Chunk, from_store, levels_read, stream
+from training.inference.partial import Part, Partial, unfinished, writing
+from training.inference.submission import COVARIATES, FACTS, Results, asked_by_store, asked_by_table, compose, judge
 from training.timing import Untimed, timed
 
 log = logging.getLogger(__name__)
@@ -245,7 +252,7 @@ def _open(
         if not models:
             ensemble = open_ensemble(folders, device, weights, calibrate, aggregate, covariates)
         else:
-            from training.export import open_exported
+            from training.inference.export import open_exported
 
             assert not isinstance(weights, str)
             opened = [open_exported(model, device) for model in models]
@@ -322,6 +329,6 @@ def _explain(
     threshold: float,
     method: Literal["attention", "gradcam"],
 ) -> None:
-    from training import explain as explanation
+    from training.inference import explain as explanation
 
     explanation.explain(ensemble, chunk.store, chunk.rows, by_run @ ensemble.weights, out, threshold, method)

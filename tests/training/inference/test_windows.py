@@ -14,9 +14,9 @@ from preprocessing.convert import convert
 from preprocessing.manifest import open_store
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run
-from training.assemble import open_ensemble
-from training.predict import predict
-from training.windows import through_each_window, window_counts
+from training.inference.assemble import open_ensemble
+from training.inference.predict import predict
+from training.inference.windows import through_each_window, window_counts
 
 FACTS = {
     "bits_stored": 12,

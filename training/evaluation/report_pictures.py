@@ -83,8 +83,8 @@ def cases(run: Run, store: Store, frame: pd.DataFrame, breasts: pd.DataFrame, th
 
 def _overlays(run: Run, store: Store, chosen: pd.DataFrame) -> dict[str, str]:
     """Image id → picture and overlay side by side as a data URI, each by the fold that had not seen it."""
-    from training.assemble import open_ensemble
-    from training.explain import explain
+    from training.inference.assemble import open_ensemble
+    from training.inference.explain import explain
 
     found: dict[str, str] = {}
     for fold in run.folds:

@@ -11,7 +11,8 @@ from sklearn import metrics as sk
 
 from preprocessing.errors import RunError
 from tests.training import fakes
-from training import evaluate, intervals, metrics, run_files, runs
+from training import metrics, run_files, runs
+from training.evaluation import evaluate, intervals
 
 
 def _write_run(root, frame, unfinished=(), machines=None, fingerprint="abc"):

@@ -20,9 +20,10 @@ from preprocessing.manifest import open_store
 from preprocessing.progress import Progress
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run
-from training import features, run_files, runs
-from training.features import extract
-from training.predict import predict
+from training import run_files, runs
+from training.inference import features
+from training.inference.features import extract
+from training.inference.predict import predict
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from scipy.special import expit
 
 from preprocessing.errors import InputError, RunError
-from training.calibration import logit
+from training.inference.calibration import logit
 
 # Numbers of the table that a patient to predict has, too: the challenge's test table holds both.
 NAMES = ("age", "implant")

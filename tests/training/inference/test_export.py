@@ -17,13 +17,13 @@ from preprocessing.convert import convert
 from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.synth import synthesize
 from tests.training.untrained import SETTINGS, make_run, spread_ages
-from training import export as export_module
 from training import runs
-from training.assemble import open_ensemble
-from training.export import OnnxModel, export, open_exported
-from training.predict import predict
+from training.inference import export as export_module
+from training.inference.assemble import open_ensemble
+from training.inference.export import OnnxModel, export, open_exported
+from training.inference.predict import predict
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_predicting_with_it_loads_neither_timm_nor_the_training_parts(exported: 
     script = f"""
 import sys
 from pathlib import Path
-from training.predict import predict
+from training.inference.predict import predict
 model, store, out = (Path(each) for each in {[str(exported), str(data / "store"), str(tmp_path / "s.csv")]})
 predict([], out, models=[model], store=store, device="cpu")
 loaded = {{"timm", "torchvision", "training.model", "training.loop", "training.build"}} & set(sys.modules)

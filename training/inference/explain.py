@@ -27,7 +27,7 @@ from preprocessing.files import write_atomically
 from preprocessing.ingest import safe_name
 from preprocessing.manifest import Store
 from training import run_files
-from training.ensemble import Ensemble, Group
+from training.inference.ensemble import Ensemble, Group
 from training.model import MammoModel
 
 Method = Literal["attention", "gradcam"]

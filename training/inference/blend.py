@@ -9,8 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from preprocessing.errors import RunError
-from training import calibration, metrics
-from training.calibration import logit
+from training import metrics
+from training.inference import calibration
+from training.inference.calibration import logit
 
 _PEAKED = 50.0  # an exponent that is as good as the maximum
 _MARGIN = 1e-7  # mixtures are kept this far from 0 and 1, where the loss is infinite

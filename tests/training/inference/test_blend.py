@@ -15,8 +15,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 from preprocessing.errors import InputError, RunError
 from tests.training.untrained import make_run
 from training import metrics, run_files, runs
-from training.assemble import open_ensemble
-from training.blend import fit_aggregate, fit_weights
+from training.inference.assemble import open_ensemble
+from training.inference.blend import fit_aggregate, fit_weights
 
 
 def _drawn(count: int = 2000, seed: int = 0):

@@ -16,12 +16,13 @@ from preprocessing.errors import InputError, RunError
 from preprocessing.manifest import Store
 from tests.training import fakes
 from tests.training.untrained import make_run, spread_ages
-from training import evaluate, run_files, runs
-from training.assemble import open_ensemble
+from training import run_files, runs
 from training.config import load_config
-from training.covariates import Covariates, cross_fitted, fit, parse_names
-from training.predict import PredictSummary
-from training.submission import Results, asked_by_table, compose, judge
+from training.evaluation import evaluate
+from training.inference.assemble import open_ensemble
+from training.inference.covariates import Covariates, cross_fitted, fit, parse_names
+from training.inference.predict import PredictSummary
+from training.inference.submission import Results, asked_by_table, compose, judge
 
 
 def _breasts(count: int = 4000, folds: int = 4, age_effect: float = 0.08) -> pd.DataFrame:

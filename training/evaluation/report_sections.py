@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from training import figures, metrics
+from training import metrics
+from training.evaluation import figures
 from training.runs import FoldRun, Run
 
 FEW = 10  # breasts with cancer below which a subgroup's figures say little

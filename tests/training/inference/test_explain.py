@@ -16,9 +16,9 @@ from dali_pipes.settings import PipelineSettings
 from preprocessing.convert import convert
 from preprocessing.manifest import open_store
 from preprocessing.settings import ConvertSettings
-from training import explain as explanation
 from training.config import load_config
-from training.ensemble import Ensemble, Group, Member
+from training.inference import explain as explanation
+from training.inference.ensemble import Ensemble, Group, Member
 from training.model import build_model
 
 ROW = {

@@ -15,9 +15,10 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from preprocessing.errors import RunError
-from training import evaluate, figures, intervals, metrics, report, report_pictures, run_files, runs
-from training import report_sections as sections
+from training import metrics, run_files, runs
 from training.config import dump, load_config
+from training.evaluation import evaluate, figures, intervals, report, report_pictures
+from training.evaluation import report_sections as sections
 
 
 def make_run(root: Path, folds: int = 2, positives: bool = True, finished: bool = True) -> Path:

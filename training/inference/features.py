@@ -28,9 +28,9 @@ from preprocessing.files import replaced
 from preprocessing.manifest import Store, open_store
 from preprocessing.progress import Progress, Report
 from training import run_files, runs
-from training.assemble import open_ensemble, require_same_conversion
-from training.ensemble import Group, Member
 from training.failures import prediction_advice
+from training.inference.assemble import open_ensemble, require_same_conversion
+from training.inference.ensemble import Group, Member
 from training.model import MammoModel
 from training.timing import Untimed, timed
 

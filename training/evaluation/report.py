@@ -16,9 +16,10 @@ import pandas as pd
 from preprocessing.errors import RunError, StoreError
 from preprocessing.files import write_atomically
 from preprocessing.manifest import Store, open_store
-from training import evaluate, figures, intervals, metrics, report_pictures, run_files, runs
-from training import report_sections as sections
+from training import metrics, run_files, runs
 from training.config import dump
+from training.evaluation import evaluate, figures, intervals, report_pictures
+from training.evaluation import report_sections as sections
 from training.runs import Run
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def write_report(run_folders: list[Path], out: Path | None = None) -> Path:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["figure"] = _number
-    source = resources.files("training").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    source = resources.files("training.evaluation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         runs=described,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

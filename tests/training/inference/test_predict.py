@@ -24,14 +24,15 @@ from preprocessing.progress import Progress
 from preprocessing.synth import synthesize
 from preprocessing.table import Source
 from tests.training.untrained import PRIOR, SETTINGS, TINY, make_run
-from training import intake, run_files, runs
-from training.assemble import open_ensemble
+from training import run_files, runs
 from training.config import Config, load_config
-from training.ensemble import Ensemble, Member
 from training.fit import fit
-from training.partial import Part, Partial, unfinished
-from training.predict import PredictSummary, _open, predict
-from training.submission import PROBLEM_COLUMNS
+from training.inference import intake
+from training.inference.assemble import open_ensemble
+from training.inference.ensemble import Ensemble, Member
+from training.inference.partial import Part, Partial, unfinished
+from training.inference.predict import PredictSummary, _open, predict
+from training.inference.submission import PROBLEM_COLUMNS
 
 
 @pytest.fixture(scope="module")

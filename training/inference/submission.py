@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from preprocessing import table as tables
 from preprocessing.manifest import REJECTED_FACTS, Store
-from training.covariates import NAMES as COVARIATES
-from training.ensemble import Ensemble
+from training.inference.covariates import NAMES as COVARIATES
+from training.inference.ensemble import Ensemble
 
 PROBLEM_COLUMNS = ("prediction_id", "image_id", "reason", "detail", "fallback")
 FACTS = ("patient_id", "laterality", "view", "prediction_id")

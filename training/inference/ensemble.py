@@ -21,10 +21,10 @@ from dali_pipes.settings import LoaderSettings, PipelineSettings
 from preprocessing.manifest import Store
 from preprocessing.settings import ConvertSettings
 from training import metrics
-from training.calibration import Calibration
-from training.covariates import Covariates
+from training.inference.calibration import Calibration
+from training.inference.covariates import Covariates
+from training.inference.windows import through_each_window, window_counts
 from training.timing import Untimed, timed
-from training.windows import through_each_window, window_counts
 
 _Outputs = TypeVar("_Outputs")
 

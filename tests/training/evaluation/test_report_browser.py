@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_report import make_run
-from training import report
+from tests.training.evaluation.test_report import make_run
+from training.evaluation import report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [

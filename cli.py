@@ -50,6 +50,9 @@ class _Command(click.RichCommand):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("Stopped by Ctrl-C.", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except OSError as error:
             if show_traceback or error.errno not in _DISK or not error.filename:
                 raise

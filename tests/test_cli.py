@@ -76,6 +76,15 @@ def test_predicting_from_files_has_torchs_threads_sleep_between_layers(monkeypat
     assert seen == [expected]
 
 
+def test_ctrl_c_ends_a_command_with_the_status_that_a_shell_expects(monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.inference.predict.predict", stop)
+    result = call("predict", "--store", tmp_path, "--out", tmp_path / "s.csv")
+    assert (result.exit_code, result.stderr) == (130, "Stopped by Ctrl-C.\n")
+
+
 def test_import_cli_loads_neither_torch_nor_dali():
     code = "import cli, sys; print([m for m in ('torch', 'nvidia.dali', 'pandas', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

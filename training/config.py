@@ -365,7 +365,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "value_error":  # a rule over several settings says itself which and what it found
         return f"{path}: {message}." if path else f"{message}."
     if first["type"] == "tuple_type":
-        return f"{path} = {first.get('input')!r}: expected a list, such as [{first.get('input')}]."
+        given = first.get("input")
+        hint = f", such as [{given}]" if given is not None else "; [] is an empty one"
+        return f"{path} = {given!r}: expected a list{hint}."
     return f"{path} = {first.get('input')!r}: {message[0].lower()}{message[1:]}."
 
 

@@ -138,6 +138,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
         ("pipeline.mean=.nan", r"pipeline\.mean = nan: input should be a finite number"),
         ("data.folds=two", r"data\.folds = 'two'"),
         ("train.covariates=age", r"train\.covariates = 'age': expected a list, such as \[age\]"),
+        ("train.covariates=null", r"train\.covariates = None: expected a list; \[\] is an empty one"),
         ("train.covariates=[height]", r"^--set: train\.covariates\.0 = 'height'"),
         ("data.seed=18446744073709551616", r"data\.seed = 18446744073709551616: input should be less than"),
         ("train.lr", "expected NAME=VALUE"),

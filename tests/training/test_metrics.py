@@ -84,6 +84,42 @@ def test_calibration_error_agrees_with_torchmetrics(seed, levels):
     assert metrics.ece(labels, predictions) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_a_prediction_at_the_threshold_counts_as_one_above_it():
+    assert metrics.pf1_at([1, 0], [0.5, 0.4], 0.5) == 1
+    found = metrics.summarise([1, 1, 0, 0], [0.9, 0.3, 0.3, 0.1], threshold=0.3)["at_threshold"]
+    assert (found["true_positives"], found["false_positives"]) == (2, 1)
+    assert (found["false_negatives"], found["true_negatives"]) == (0, 1)
+
+
+def test_the_best_threshold_lies_midway_and_below_all_where_all_are_to_be_called():
+    assert metrics.pf1_best([1, 0, 0], [0.8, 0.3, 0.1]) == (1, pytest.approx(0.55))
+    assert metrics.pf1_best([1, 1], [0.3, 0.2]) == (1, pytest.approx(0.1))
+    assert metrics.pf1_best([0, 0], [0.3, 0.2]) == (0, 0.5)
+
+
+def test_a_specificity_that_is_just_reached_counts():
+    """One false alarm among ten is a specificity of 0.9, two are one of 0.8, whatever 1 - 0.9 is in binary."""
+    labels, predictions = [0, 1, 0, 1] + [0] * 8, np.linspace(0.9, 0.1, 12)
+    found = metrics.summarise(labels, predictions)["sensitivity_at_specificity"]
+    assert found == {"0.8": 1, "0.9": 0.5, "0.95": 0}
+
+
+def test_a_prediction_on_the_edge_of_two_bins_belongs_to_the_lower_one():
+    """Guo et al. 2017, section 2: bin m is ((m - 1) / M, m / M]."""
+    assert metrics.ece([0, 1], [0.4, 0.5], bins=2) == pytest.approx(abs(0 + 1 - 0.4 - 0.5) / 2)
+
+
+def test_weights_count_as_so_many_rows_and_pf1_clips_here_too():
+    labels, predictions = _sample(7, n=60, levels=10)
+    predictions = predictions * 1.4 - 0.2  # partly outside [0, 1]
+    times = np.random.default_rng(7).integers(0, 4, 60)
+    found = metrics.ranking(labels, predictions, times[None].astype(float))
+    labels, predictions = np.repeat(labels, times), np.repeat(predictions, times)
+    assert found["auroc"][0] == pytest.approx(sk.roc_auc_score(labels, predictions))
+    assert found["average_precision"][0] == pytest.approx(sk.average_precision_score(labels, predictions))
+    assert found["pf1"][0] == pytest.approx(_challenge_pf1(labels, predictions))
+
+
 def test_confusion_counts_agree_with_scikit_learn():
     labels, predictions = _sample(5)
     found = metrics.confusion(labels, predictions, 0.5)
@@ -115,10 +151,17 @@ def test_unknown_labels_are_left_out():
     assert more == metrics.summarise(labels, predictions)
 
 
+def test_rows_without_a_prediction_are_left_out():
+    labels, predictions = _sample(6)
+    more = metrics.summarise(np.r_[labels, np.ones(9)], np.r_[predictions, [np.nan] * 9])
+    assert more == metrics.summarise(labels, predictions)
+
+
 def test_one_class_or_none_gives_no_ranking_figures():
     for labels in ([0, 0, 0], []):
         found = metrics.summarise(labels, [0.2] * len(labels))
         assert np.isnan(found["auroc"])
+        assert np.isnan(found["average_precision"])
         assert found["pf1_best"] == 0
         assert found["positives"] == 0
     assert np.isnan(metrics.summarise([1, 1], [0.1, 0.9])["auroc"])

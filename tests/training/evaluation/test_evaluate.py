@@ -79,6 +79,29 @@ def test_a_threshold_that_is_good_for_the_others_alone_is_bad_for_the_fold():
     # Fold 0's threshold finds both of fold 1's, fold 1's none of fold 0's; chosen on all of them it would be 0.8.
     assert evaluate._cross_thresholded(breasts)["prediction"].tolist() == [0, 0, 1, 1]
     assert evaluate._cross_thresholded(breasts.assign(fold=0)) is None
+    at_it = breasts.assign(prediction=[0.1, 0.5, 0.25, 0.75])  # fold 1's threshold is 0.5
+    assert evaluate._cross_thresholded(at_it)["prediction"].tolist() == [0, 1, 0, 1]
+
+
+def test_pictures_and_folds_are_counted_at_the_runs_own_threshold(tmp_path):
+    frame = _frame()
+    found = evaluate.evaluate(_write_run(tmp_path, frame), resamples=20)
+    value, breasts = found["threshold"]["value"], metrics.per_breast(frame)
+    parts = [(found["picture"], frame)]
+    parts += [(part["breast"], breasts[breasts["fold"] == part["fold"]]) for part in found["folds"]]
+    for figures, rows in parts:
+        tn, fp, fn, tp = sk.confusion_matrix(rows["cancer"], rows["prediction"] >= value).ravel()
+        counted = figures["at_threshold"]
+        names = ("true_negatives", "false_positives", "false_negatives", "true_positives")
+        assert [counted[name] for name in names] == [tn, fp, fn, tp]
+
+
+def test_patients_are_judged_by_their_breasts_covariates_too(tmp_path):
+    found = evaluate.evaluate(_write_run(tmp_path, _frame(signal=1.0)), resamples=20, names=["age"])
+    patients = (
+        pd.read_csv(tmp_path / "out_of_fold.csv").groupby("patient_id").agg({"cancer": "max", "prediction": "max"})
+    )
+    assert found["patient"]["log_loss"] == pytest.approx(sk.log_loss(patients["cancer"], patients["prediction"]))
 
 
 def test_an_unstable_threshold_is_warned_of_and_a_clear_one_is_not(tmp_path):
@@ -126,6 +149,19 @@ def test_machines_that_training_never_saw_stand_beside_the_others(tmp_path):
     breasts = new.groupby("prediction_id").agg({"cancer": "max", "prediction": "mean"})
     assert found["unseen"]["auroc"] == pytest.approx(sk.roc_auc_score(breasts["cancer"], breasts["prediction"]))
     assert found["unseen"]["count"] + found["seen"]["count"] == frame["prediction_id"].nunique()
+
+
+def test_what_one_folds_model_never_saw_is_unseen_in_that_fold_alone(tmp_path):
+    frame = _frame()
+    root = _write_run(tmp_path, frame)
+    for fold, kind in ((0, "machines"), (1, "sites")):
+        trained = {"machines": ["29", "48", "49"], "sites": ["1", "2"]}
+        trained[kind] = trained[kind][1:]
+        run_files.write_json(root / f"fold{fold}" / runs.ENVIRONMENT, {"training": trained})
+    found = evaluate.evaluate(root, resamples=20)["unseen"]
+    new = ((frame["fold"] == 0) & (frame["machine_id"] == "29")) | ((frame["fold"] == 1) & (frame["site_id"] == "1"))
+    assert (found["machines"], found["sites"]) == (["29"], ["1"])
+    assert found["unseen"]["count"] == frame.loc[new, "prediction_id"].nunique()
 
 
 def test_nothing_unseen_is_none(tmp_path):

@@ -87,6 +87,23 @@ def test_a_handful_of_patients_has_no_interval():
     assert low < high
 
 
+def test_rows_without_label_or_prediction_are_as_if_they_were_not_there():
+    frame = _cohort(25, seed=1)
+    more = [frame.assign(patient_id="x" + frame["patient_id"], **{name: np.nan}) for name in ("cancer", "prediction")]
+    assert intervals.bootstrap(pd.concat([frame, *more]), 40) == intervals.bootstrap(frame, 40)
+
+
+def test_a_lead_has_an_interval_where_some_resamples_lack_a_class():
+    """Five patients of forty have cancer: about one in two hundred resamples draws none of them."""
+    generator = np.random.default_rng(0)
+    cancer = (np.arange(40) < 5).astype(float)
+    names = {"prediction_id": [f"{row}_L" for row in range(40)], "patient_id": [str(row) for row in range(40)]}
+    one, other = (pd.DataFrame({**names, "cancer": cancer, "prediction": generator.random(40)}) for _ in range(2))
+    found = intervals.auroc_lead(one, other)
+    low, high = found["interval"]
+    assert low < found["lead"] < high
+
+
 def test_a_lead_is_judged_on_the_same_patients():
     """Two models that err alike: each one's interval is wide, that of their difference is not."""
     generator = np.random.default_rng(0)

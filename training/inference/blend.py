@@ -16,7 +16,6 @@ from training.inference.calibration import logit
 _PEAKED = 50.0  # an exponent that is as good as the maximum
 _MARGIN = 1e-7  # mixtures are kept this far from 0 and 1, where the loss is infinite
 _STEEPEST = 100.0  # of a recalibration: runs that part the classes without a mistake would want infinity
-_SMALLEST = 1e-3  # weight; less is none
 _TIE = 1e-4  # of each run's own loss: of mixtures that are as good, that of the better runs
 
 
@@ -82,8 +81,8 @@ def fit_weights(labels: ArrayLike, predictions: ArrayLike) -> NDArray[np.float64
 
     def weighed(found: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """The loss of weights that sum to 1, recalibrated as well as can be, and these."""
+        # However small: beside a run whose probabilities are tiny, another one's small weight may be what counts.
         weights = np.clip(found[:count], 0, 1)
-        weights = np.where(weights < _SMALLEST, 0, weights)
         weights /= weights.sum()
         return _recalibrated(cancer, given @ weights)[0] + _TIE * float(weights @ alone), weights
 

@@ -74,6 +74,18 @@ def test_no_mixture_loses_to_one_of_its_runs_alone(seed: int):
     assert found <= min(_recalibrated(labels, each) for each in others) + 1e-3
 
 
+def test_a_run_beside_one_of_tiny_probabilities_is_not_left_out_for_its_small_weight():
+    """Two runs that know as much, of which one says thousandths of what the other does."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(2000) < 0.15).astype(float)
+    seen = 1.5 * (labels[:, None] + rng.normal(size=(2000, 2)))
+    predictions = 1 / (1 + np.exp(-(seen - [12, 1])))
+    found = _recalibrated(labels, predictions @ fit_weights(labels, predictions))
+    shares = [_recalibrated(labels, predictions @ [1 - share, share]) for share in np.r_[0, np.logspace(-7, 0, 60)]]
+    assert found <= min(shares) + 1e-4
+    assert found < min(shares[0], shares[-1]) - 0.02, "either run alone"
+
+
 def test_a_run_that_knows_nothing_counts_for_nothing():
     labels, predictions = _drawn(2000, seed=2)
     blind = np.full((2000, 1), 1 - labels.mean())

@@ -86,6 +86,28 @@ def test_a_run_beside_one_of_tiny_probabilities_is_not_left_out_for_its_small_we
     assert found < min(shares[0], shares[-1]) - 0.02, "either run alone"
 
 
+def test_no_random_mixture_of_four_runs_loses_less():
+    rng = np.random.default_rng(1)
+    labels = (rng.random(400) < 0.15).astype(float)
+    seen = labels * rng.uniform(1, 2.5) + rng.normal(size=400) * 0.5
+    noisy = seen[:, None] + rng.normal(size=(400, 4)) * rng.uniform(0.3, 1.5, 4)
+    predictions = 1 / (1 + np.exp(-(noisy * rng.uniform(0.5, 3, 4) - rng.uniform(0, 6, 4))))
+    found = _recalibrated(labels, predictions @ fit_weights(labels, predictions))
+    mixtures = [*np.eye(4), *rng.dirichlet(np.full(4, 0.3), 150)]
+    assert found <= min(_recalibrated(labels, predictions @ each) for each in mixtures) + 1e-5
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_of_mixtures_that_are_as_good_that_of_the_better_run_is_taken(seed: int):
+    """Beside a run of two values constant ones change nothing: every mixture tells the same two groups apart."""
+    rng = np.random.default_rng(seed)
+    high = rng.random(1000) < 0.3
+    labels = (rng.random(1000) < np.where(high, 0.6, 0.1)).astype(float)
+    low, top, constant = rng.uniform([0.05, 0.5, 0.05], [0.3, 0.9, 0.9])
+    runs_of = np.full(1000, constant), np.where(high, top, low), np.full(1000, 1 - constant)
+    assert fit_weights(labels, np.stack(runs_of, axis=1)) == pytest.approx([0, 1, 0], abs=1e-6)
+
+
 def test_a_run_that_knows_nothing_counts_for_nothing():
     labels, predictions = _drawn(2000, seed=2)
     blind = np.full((2000, 1), 1 - labels.mean())

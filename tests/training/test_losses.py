@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from preprocessing.errors import ConfigError
 from training.config import ModelSettings, TrainSettings
+from training.distributed import World
 from training.losses import aux_targets, build_loss
 
 DRAWN = {"negative": 90, "positive": 10}
@@ -33,7 +34,7 @@ LOGITS = torch.tensor([-2.0, 0.3, 1.5, -0.4])
 LABELS = [0.0, 1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 1.0), (-1, 2.0), (0.25, 0.0)])
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 1.0), (-1, 2.0), (0.25, 0.0), (0.0, 2.0)])
 def test_focal_loss_is_the_papers_formula(alpha, gamma):
     p = torch.sigmoid(LOGITS).double()
     y = torch.tensor(LABELS).double()
@@ -58,6 +59,26 @@ def test_label_smoothing_moves_labels_towards_a_half():
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_a_positives_weight_multiplies_its_whole_loss_and_no_negatives_smoothed_or_not():
+    smoothed = _loss(loss="bce", label_smoothing=0.2).per_sample(LOGITS, torch.tensor(LABELS))
+    weighed = _loss(loss="bce", label_smoothing=0.2, class_weights=3.5).per_sample(LOGITS, torch.tensor(LABELS))
+    assert (weighed / smoothed).tolist() == pytest.approx([1, 3.5, 3.5, 1])
+
+
+class _TwoProcesses(World):
+    """The other process has two known samples of the global batch's six."""
+
+    def sum(self, value):
+        return value + 2
+
+
+def test_two_processes_gradients_average_to_that_of_the_global_mean():
+    """DistributedDataParallel halves their sum, so that each process's part is of its sum over half of all."""
+    loss = build_loss(TrainSettings(), ModelSettings(), DRAWN, world=_TwoProcesses(0, 2))
+    alone = _loss().per_sample(LOGITS, torch.tensor(LABELS))
+    assert float(loss({"cancer": LOGITS}, _batch(LABELS))) == pytest.approx(float(alone.sum()) * 2 / (4 + 2))
+
+
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize(("label", "smoothing", "least"), [(1.0, 0.2, 0.9), (0.0, 0.1, 0.05), (0.7, 0.0, 0.7)])
 def test_the_focal_loss_is_least_at_a_smoothed_or_mixed_label(gamma, label, smoothing, least):
@@ -78,6 +99,12 @@ def test_damaged_and_unlabelled_samples_take_no_part_and_leave_no_gradient(loss)
     assert logits.grad is not None
     assert logits.grad[4:].tolist() == [0, 0]
     assert (logits.grad[:4] != 0).all()
+
+
+def test_a_loss_stays_finite_where_that_of_a_damaged_sample_is_not():
+    logits = torch.tensor([*LOGITS.tolist(), float("nan")])
+    found = _loss()({"cancer": logits}, _batch([*LABELS, 0.0], ok=[True] * 4 + [False]))
+    assert float(found) == pytest.approx(float(_loss()({"cancer": LOGITS}, _batch(LABELS))))
 
 
 def test_a_batch_without_any_usable_sample_costs_nothing():
@@ -125,6 +152,19 @@ def test_auxiliary_classes_are_mixed_as_the_pictures_are():
     expected = (weight * own + (1 - weight) * other).mean()
     assert loss(outputs, mixed) == pytest.approx(float(expected))
     assert loss(outputs, batch) == pytest.approx(float(own.mean()))
+
+
+def test_a_picture_mixed_with_one_of_unknown_class_teaches_no_class():
+    targets = aux_targets(_rows(), ("view",), CPU)  # row 2 has none
+    loss = build_loss(TrainSettings(), ModelSettings(aux=("view",), aux_weight=1.0), DRAWN, targets)
+    logits = torch.tensor([[2.0, -1.0], [0.5, 1.5], [1.0, 0.0]])
+    batch = {
+        **{"label": torch.full((3,), float("nan")), "ok": torch.ones(3, dtype=torch.bool)},
+        **{"index": torch.tensor([0, 1, 3]), "partner": torch.tensor([2, 2, 1])},
+        "weight": torch.tensor([0.5, 1.0, 1.0]),  # the second one is left as it is, so that its own class is known
+    }
+    expected = F.cross_entropy(logits[1:], torch.tensor([1, 0]))
+    assert float(loss({"cancer": torch.zeros(3), "view": logits}, batch)) == pytest.approx(float(expected))
 
 
 def test_an_auxiliary_head_without_a_column_or_values_is_refused():

@@ -157,6 +157,19 @@ def test_the_exponent_follows_how_cancer_shows():
     assert auroc[0] > auroc[1] + 0.01
 
 
+@pytest.mark.parametrize("peaked", [False, True])
+def test_no_other_exponent_tells_the_breasts_better_apart(peaked):
+    pictures = _pictures(peaked, breasts=600)
+    unknown = pictures.assign(prediction_id="u" + pictures["prediction_id"])
+    found = fit_aggregate(pd.concat([pictures, unknown.assign(prediction=np.nan), unknown.assign(cancer=np.nan)]))
+
+    def loss(aggregate):
+        breasts = metrics.per_breast(pictures, aggregate)
+        return _recalibrated(breasts["cancer"], breasts["prediction"].to_numpy())
+
+    assert loss(found) <= min(loss(f"power:{exponent:.3f}") for exponent in np.geomspace(1, 50, 30)) + 1e-5
+
+
 def test_breasts_of_one_class_fit_no_exponent():
     with pytest.raises(RunError, match="--aggregate fitted"):
         fit_aggregate(_pictures(peaked=True).assign(cancer=0.0))

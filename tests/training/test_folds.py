@@ -84,8 +84,17 @@ def test_exchanging_patients_balances_machines_better_than_cancer_alone_and_keep
     rows, settings = _rows(patients=150, seed=3), DataSettings(folds=5)
     chosen = folds.make_folds(store_of(rows), settings)["fold"].to_numpy()
     plain = folds._split(rows, settings)
-    assert _spread(rows, chosen, "machine_id") < 0.6 * _spread(rows, plain, "machine_id")
-    assert _spread(rows, chosen, "cancer") <= _spread(rows, plain, "cancer") + 0.01
+    for column in ("site_id", "machine_id", "density"):
+        assert _spread(rows, chosen, column) < 0.6 * _spread(rows, plain, column), column
+    assert _spread(rows, chosen, "cancer") <= _spread(rows, plain, "cancer")
+
+
+def test_patients_with_cancer_are_spread_evenly_where_they_are_few(store_of):
+    rows = _rows(patients=400, seed=7, sick=0.05)
+    rows["fold"] = folds.make_folds(store_of(rows), DataSettings(folds=5))["fold"]
+    sick = rows[rows["cancer"] == 1].groupby("fold")
+    assert np.ptp(sick["patient_id"].nunique()) <= 1
+    assert np.ptp(sick.size()) <= 1
 
 
 def test_same_seed_same_folds_and_another_seed_others(store_of):
@@ -133,6 +142,15 @@ def test_images_without_a_fold_are_counted(store_of):
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-3]) + "\n")
     with pytest.raises(StoreError, match=r"3 of the store's \d+ images have no fold"):
+        folds.read_folds(store)
+
+
+def test_an_image_that_is_listed_twice_is_refused(store_of):
+    store = store_of(_rows())
+    path = store.root / folds.FOLDS_FILE
+    folds.make_folds(store, DataSettings())
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(StoreError, match="an image is listed twice"):
         folds.read_folds(store)
 
 

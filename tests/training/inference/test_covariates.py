@@ -19,6 +19,7 @@ from tests.training.untrained import make_run, spread_ages
 from training import run_files, runs
 from training.config import load_config
 from training.evaluation import evaluate
+from training.inference import covariates
 from training.inference.assemble import open_ensemble
 from training.inference.covariates import Covariates, cross_fitted, fit, parse_names
 from training.inference.predict import PredictSummary
@@ -98,6 +99,19 @@ def test_a_breasts_own_label_has_no_say():
     one, other = cross_fitted(["age"], breasts), cross_fitted(["age"], turned)
     np.testing.assert_array_equal(one[patient], other[patient])
     assert (one[~patient] != other[~patient]).any()
+
+
+def test_a_single_folds_patients_are_parted_whole_and_those_with_cancer_evenly():
+    breasts = _breasts(200).assign(fold=0, cancer=(np.arange(200) % 10 == 0).astype(float))  # one breast of each tenth
+    parts = breasts.assign(part=covariates._patients_parted(["age"], breasts))
+    assert (parts.groupby("patient_id")["part"].nunique() == 1).all()
+    assert parts[parts["cancer"] == 1]["part"].value_counts().tolist() == [4] * 5
+
+
+def test_breasts_without_label_or_prediction_have_no_say():
+    breasts = _breasts(400)
+    gaps = [breasts.assign(**{name: np.nan}, age=90.0) for name in ("cancer", "prediction")]
+    assert fit(["age"], pd.concat([breasts, *gaps])) == fit(["age"], breasts)
 
 
 @pytest.mark.parametrize("folds", [1, 4])

@@ -31,6 +31,11 @@ def test_mixup_is_the_weighted_mean_of_picture_and_label_with_the_partners():
     assert found["weight"].tolist() == [0.75, 0.25, 1.0]
 
 
+def test_a_partner_is_named_by_its_row_not_by_its_place_in_the_batch():
+    batch = batch_of([1.0, 0.0, 0.0]) | {"index": torch.tensor([70, 30, 90])}
+    assert mixed(batch, Mix(0.5), Mix(0.5), Mix(0.5))["partner"].tolist() == [90, 70, 30]
+
+
 def test_cutmix_takes_the_box_from_the_partner_and_weighs_labels_by_its_area():
     found = mixed(batch_of([1.0, 0.0]), Mix(0.8, (0.25, 0.5, 0.75, 1.0)), Mix())
     expected = torch.zeros(20, 10)
@@ -79,6 +84,7 @@ def test_partners_are_drawn_whatever_the_order_of_the_batch():
     pairs = np.mean([(labels & labels[partners]).sum() for partners in batches])
     assert pairs == pytest.approx(8 * 7 / 63, rel=0.15)
     assert not np.array_equal(batches[0], batches[1])
+    assert not np.array_equal(batches[0], plan.mixing(0, np.arange(64, 128)).partners)
     assert Plan(labels, LoaderSettings(), 3, False, AugmentSettings(mixup=1.0)).mixing(0, np.arange(4)) is None
 
 

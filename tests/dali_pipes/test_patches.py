@@ -10,7 +10,7 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
-from dali_pipes.geometry import output_to_patch
+from dali_pipes.geometry import output_to_patch, seen_region
 from dali_pipes.loader import Loader
 from dali_pipes.pipelines import decode_region
 from dali_pipes.plan import Draw, Plan
@@ -55,6 +55,23 @@ def test_a_level_smaller_than_the_patch_lies_in_its_middle(store):
     level = np.clip((full(store, 2).astype(np.float64) - 2047.5) / 4095 + 0.5, 0, 1)
     assert np.abs(found[4:44, 17:47] - level).max() < 1e-5
     assert np.isclose(found.sum(), found[4:44, 17:47].sum())
+
+
+def test_a_level_smaller_than_the_patch_lies_there_wherever_the_draw_would_have_it():
+    middle = output_to_patch(40, 300, 48, 64, Draw(patch_x=0.5), False)
+    for draw, moved in ((Draw(patch_y=0.0), 0), (Draw(patch_y=1.0), 0), (Draw(patch_x=1.0), (300 - 64) / 2)):
+        found = output_to_patch(40, 300, 48, 64, draw, False)
+        assert np.allclose(found - middle, [[0, 0, moved], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("beside", [(-500, 0), (500, 0), (0, -500), (0, 500)])
+def test_an_output_that_looks_beside_the_level_is_given_a_pixel_of_it(beside):
+    matrix = np.array([[1.0, 0, beside[0]], [0, 1.0, beside[1]]])
+    top, left, rows, columns = seen_region(matrix, 100, 80, 48, 64)
+    assert rows >= 1
+    assert columns >= 1
+    assert 0 <= top <= 100 - rows
+    assert 0 <= left <= 80 - columns
 
 
 def test_patches_read_from_tiles_and_cache_are_the_same_bits(store):

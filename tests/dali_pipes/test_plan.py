@@ -45,6 +45,20 @@ def test_no_whole_batch_of_a_balanced_epoch_lacks_its_positives(count, share, ba
     assert positives.max() <= np.ceil(share * batch)
 
 
+def test_a_share_that_is_no_binary_number_gives_every_batch_the_same():
+    """7 / 0.07 is a little less than 100, and 700 * 0.07 a little more than 49."""
+    labels = (np.arange(700) % 40 == 0).astype(float)
+    plan = Plan(labels, LoaderSettings(positive_share=0.07, batch_size=100), seed=3, train=True)
+    positives = [labels[plan.order(epoch)].reshape(-1, 100).sum(axis=1) for epoch in range(40)]
+    assert np.unique(positives).tolist() == [7]
+
+
+def test_what_is_drawn_is_counted_over_all_ranks():
+    plan = make(positive_share=0.25, batch_size=8, rank=1, world_size=3)
+    assert sum(plan.drawn(0).values()) == 1000 // 24 * 24
+    assert plan.drawn(0, 5) == {"negative": 90, "positive": 30}
+
+
 @pytest.mark.parametrize(("share", "samples"), [(0.9, 8), (0.99, 50), (0.95, 10), (0.01, 5)])
 def test_a_short_balanced_epoch_has_both_classes(share, samples):
     labels = np.array([1.0, 1, 0, 0, 0, 0])
@@ -151,6 +165,26 @@ def test_changes_come_with_their_probabilities_and_within_their_limits():
     assert ((holes[:, 2:] - holes[:, :2]) <= settings.dropout_size + 1e-6).all()
     assert max(len(d.holes) for d in draws) == settings.dropout_holes
     assert max(np.abs(d.grid).max() for d in draws if d.grid is not None) <= settings.grid_limit
+
+
+def test_a_pictures_holes_are_of_every_number_alike():
+    plan = make(augment=AugmentSettings(dropout=1.0, dropout_holes=4))
+    counts = np.bincount([len(plan.sample(1, place).holes) for place in range(2000)])
+    assert counts[0] == 0
+    assert np.abs(counts[1:] / 2000 - 1 / 4).max() < 0.04
+
+
+def test_grid_dropout_blackens_a_quarter():
+    """Half of each cell's side, either way (Chen et al. 2020, keep ratio)."""
+    plan = make(augment=AugmentSettings(dropout=0, grid_dropout=1.0))
+    shares = []
+    for place in range(100):
+        seen = np.ones((200, 200))
+        for top, left, bottom, right in np.round(plan.sample(1, place).holes * 200).astype(int):
+            seen[top:bottom, left:right] = 0
+        shares.append(1 - seen.mean())
+    assert abs(np.mean(shares) - 0.25) < 0.02
+    assert max(shares) < 0.4
 
 
 RANGES = {

@@ -46,6 +46,8 @@ def test_hard_negatives_have_their_share_of_a_balanced_epochs_negatives():
     assert counts[:20].sum() == 500
     assert counts[100:110].sum() == 200
     assert np.ptp(counts[100:110]) <= 1
+    first = plan.order(0)[:500]
+    assert 70 < np.isin(first, np.arange(100, 110)).sum() < 130, "all over the epoch"
 
 
 def test_the_list_of_hard_negatives_is_a_csv_of_image_ids(tmp_path, caplog):

@@ -5,7 +5,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_voi_lut
 from pydicom.uid import ExplicitVRLittleEndian
 
-from dali_pipes.geometry import low_pass, output_to_level, output_to_tile
+from dali_pipes.geometry import level_of, low_pass, output_to_level, output_to_tile
 from dali_pipes.plan import Draw
 from dali_pipes.settings import PipelineSettings
 from dali_pipes.source import NUMBERS, Source, choose_window
@@ -80,6 +80,11 @@ def test_a_fixed_window_counts_in_stored_values(inverted):
     assert np.abs(grey - (1 - expected if inverted else expected)).max() < 1e-3
 
 
+def test_a_voi_lut_comes_before_the_files_windows():
+    row = facts(0, TILE, voi_lut=[0, 255], voi_lut_first=0, voi_lut_bits=8)
+    assert [choose_window(row, PipelineSettings(), Draw(pick=pick))[0] for pick in (0, 0.49, 0.5, 0.99)] == [1, 1, 0, 0]
+
+
 def test_choice_among_windows_follows_the_draw():
     row = facts(0, TILE, window_center=[1000, 2000, 3000], window_width=[500] * 3, window_function=["LINEAR"] * 3)
     middles = [int(np.argmin(np.abs(shown(row, draw=Draw(pick=pick)) - 0.5))) for pick in (0, 0.3, 0.34, 0.7, 0.999)]
@@ -124,6 +129,21 @@ def test_rotation_zoom_and_shift_are_those_of_opencv():
     assert np.allclose(found, points)
 
 
+@pytest.mark.parametrize(
+    ("crop", "output", "level"),
+    [
+        ((2000, 500), (1024, 512), "1024"),  # its height is what fits
+        ((2000, 500), (512, 1024), "512"),
+        ((500, 2000), (512, 1024), "1024"),
+        ((2000, 1000), (1200, 600), "full"),  # nothing smaller does
+        ((300, 200), (1024, 1024), "512"),  # all levels are of its own size
+    ],
+)
+def test_the_smallest_level_that_need_not_be_enlarged_is_read(crop, output, level):
+    row = {"crop_height": crop[0], "crop_width": crop[1]}
+    assert level_of(row, ("full", "1024", "512"), PipelineSettings(height=output[0], width=output[1])) == level
+
+
 def test_the_low_pass_is_scikit_images_and_absent_where_nothing_shrinks():
     def sigma(size):
         return low_pass(output_to_level(size, size, 64, 64, Draw(), False))
@@ -159,7 +179,8 @@ def test_all_of_a_draw_reaches_the_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("laterality", "orient", "mirrored"), [("R", True, True), ("R", False, False), ("L", True, False)]
+    ("laterality", "orient", "mirrored"),
+    [("R", True, True), ("R", False, False), ("L", True, False), ("", True, False)],
 )
 def test_right_breasts_alone_are_mirrored_and_only_where_asked_for(laterality, orient, mirrored):
     row = facts(0, TILE, laterality=laterality) | {"height_64": 64, "width_64": 64}

@@ -43,6 +43,54 @@ def test_a_breast_that_fills_the_picture_is_left_whole(drawn: list[tuple[Breast,
         assert (crop.height, crop.width) == inner.shape, f"seed {seed}"
 
 
+def _ellipse(shape: tuple[int, int], centre: tuple[int, int], axes: tuple[int, int]) -> np.ndarray:
+    """Where an upright ellipse is; centre and half axes as row and column."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    return ((y - centre[0]) / axes[0]) ** 2 + ((x - centre[1]) / axes[1]) ** 2 <= 1
+
+
+def _covers(picture: np.ndarray, wanted: np.ndarray, spare: int = 8) -> tuple[bool, bool]:
+    """Whether the box without margin holds all that is wanted, and little more."""
+    crop = find_breast(picture.astype(np.uint16), margin=0.0).crop
+    rows, columns = np.flatnonzero(wanted.any(axis=1)), np.flatnonzero(wanted.any(axis=0))
+    room = (crop.height - (rows[-1] + 1 - rows[0]), crop.width - (columns[-1] + 1 - columns[0]))
+    return wanted[crop.slices].sum() == wanted.sum(), max(room) <= spare
+
+
+SHAPE = (1024, 1024)
+ROUND = _ellipse(SHAPE, (500, 0), (301, 401))
+
+
+def test_the_box_without_margin_holds_the_whole_breast_and_little_more() -> None:
+    assert _covers(2000 * ROUND, ROUND) == (True, True)
+    turned = ROUND[::-1, ::-1]
+    assert _covers(2000 * turned, turned) == (True, True)
+
+
+def test_the_box_goes_on_over_a_strip_that_the_breast_reaches() -> None:
+    picture = 2000 * ROUND
+    picture[:, :12] = 4000
+    crop = find_breast(picture.astype(np.uint16), margin=0.0).crop
+    assert crop.left == 0
+
+
+def test_a_label_plate_is_no_breast_and_a_breast_with_straight_edges_no_plate() -> None:
+    plate = np.zeros(SHAPE, bool)
+    plate[60:160, 800:960] = True
+    small = _ellipse(SHAPE, (600, 0), (250, 300))  # a tenth of it is less than the plate
+    assert _covers(2000 * (small | plate), small) == (True, True)
+    straight = np.zeros(SHAPE, bool)
+    straight[200:900, :500] = True  # as of a compression paddle
+    marker = _ellipse(SHAPE, (100, 900), (70, 70))
+    assert _covers(2000 * (straight | marker), straight) == (True, True)
+
+
+def test_a_breast_in_two_pieces_is_kept_whole() -> None:
+    pieces = ROUND.copy()
+    pieces[640:680] = False  # the edge of a paddle
+    assert _covers(2000 * pieces, pieces) == (True, True)
+
+
 @pytest.mark.parametrize("value", [0, 7, 65535])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700), (640, 512)])
 def test_a_constant_picture_is_left_whole(value: int, shape: tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ from preprocessing import workers as workers_module
 from preprocessing.convert import convert
 from preprocessing.errors import InputError, StoreError, UserError
 from preprocessing.journal import locked
-from preprocessing.manifest import STORE_VERSION, open_store
+from preprocessing.manifest import STORE_VERSION, Store, open_store
 from preprocessing.progress import Progress
 from preprocessing.settings import ConvertSettings
 from preprocessing.table import one_row_a_picture
@@ -376,6 +376,18 @@ def test_verify_names_every_damaged_tile_and_repair_mends_just_those(tmp_path: P
     assert digest(out) == before
     redone = {name for name, time in tile_times(out).items() if times[name] != time}
     assert {name[:4] for name in redone} == {"1001", "1006"}
+
+
+def test_verify_looks_at_every_picture_of_a_large_store(tmp_path: Path) -> None:
+    """And says so of those whose sum is smaller as of those whose sum is larger."""
+    (tmp_path / "tile").write_bytes(b"")  # its CRC-32 is 0
+    store = Store(tmp_path, ConvertSettings(levels=("full",)))
+    sums = np.arange(600) % 2 * 5
+    columns = {"image_id": [str(number) for number in range(600)], "path_full": "tile", "crc32_full": sums}
+    store.__dict__["manifest"] = pd.DataFrame(columns)  # the cached property
+    assert [int(problem.image_id) for problem in verify(store)] == np.flatnonzero(sums).tolist()
+    (tmp_path / "tile").write_bytes(b"x")
+    assert len(verify(store)) == 600
 
 
 @pytest.mark.real

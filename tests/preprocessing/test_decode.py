@@ -438,7 +438,10 @@ def test_laterality_has_its_fallbacks(tmp_path: Path, tags: dict[str, str], side
     assert decode(write(tmp_path / "a.dcm", picture(12), bits=12, **tags), SETTINGS).header.laterality == side
 
 
-@pytest.mark.parametrize(("age", "years"), [("047Y", 47), ("018M", 1.5), ("000Y", math.nan), ("old", math.nan)])
+@pytest.mark.parametrize(
+    ("age", "years"),
+    [("047Y", 47), ("018M", 1.5), ("120Y", 120), ("121Y", math.nan), ("000Y", math.nan), ("old", math.nan)],
+)
 def test_ages_are_years(tmp_path: Path, age: str, years: float) -> None:
     found = decode(write(tmp_path / "a.dcm", picture(12), bits=12, PatientAge=age), SETTINGS).header.age
     assert found == years or (math.isnan(found) and math.isnan(years))

@@ -128,6 +128,31 @@ def test_a_voi_lut_after_a_rescale_maps_modality_values(tmp_path: Path) -> None:
     np.testing.assert_allclose(table[tile], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_voi_lut_after_a_negative_slope_shows_what_pydicom_shows(tmp_path: Path, photometric: str) -> None:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    item.add_new("LUTData", "US", np.rint(np.linspace(0, 1, 4096) ** 2 * 65535).astype(int).tolist())
+    rescale = {"RescaleSlope": -1, "RescaleIntercept": 4095, "PhotometricInterpretation": photometric}
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, VOILUTSequence=[item], **rescale)
+    tile, row = through_the_tile(path)
+    assert row["inverted"] == (photometric == "MONOCHROME2")
+    table = grayscale.tile_voi_lut(row)
+    assert table is not None
+    np.testing.assert_allclose(table[tile], by_pydicom(path, lut=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(("intercept", "first"), [(-1024, -1024), (0, 64512)])
+def test_a_luts_first_value_written_without_a_sign_is_negative_where_its_input_can_be(
+    tmp_path: Path, intercept: int, first: int
+) -> None:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [4, 64512, 16])  # 64512 is -1024 in 16 bits
+    item.add_new("LUTData", "US", [0, 1, 2, 3])
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, VOILUTSequence=[item], RescaleIntercept=intercept)
+    assert through_the_tile(path)[1]["voi_lut_first"] == first
+
+
 def test_a_modality_lut_and_the_window_after_it_become_one_table(tmp_path: Path) -> None:
     item = Dataset()
     item.add_new("LUTDescriptor", "US", [4096, 0, 16])
@@ -160,8 +185,9 @@ def test_tile_values_are_unsigned_and_turned_within_the_stored_range(
     np.testing.assert_array_equal(tile, 2**bits - 1 - expected if inverted else expected)
 
 
+@pytest.mark.parametrize("ends", [(-2000, -1990), (-1990, -2000)])
 @pytest.mark.parametrize("inverted", [False, True])
-def test_padding_is_zero_in_tiles_whether_turned_or_not(tmp_path: Path, inverted: bool) -> None:
+def test_padding_is_zero_in_tiles_whether_turned_or_not(tmp_path: Path, inverted: bool, ends: tuple[int, int]) -> None:
     values = picture(12, signed=True)
     values[:, 50:] = -2000
     values[:, 55:] = -1990
@@ -170,11 +196,11 @@ def test_padding_is_zero_in_tiles_whether_turned_or_not(tmp_path: Path, inverted
         values,
         bits=12,
         PhotometricInterpretation="MONOCHROME1" if inverted else "MONOCHROME2",
-        PixelPaddingValue=-2000,
-        PixelPaddingRangeLimit=-1990,
+        PixelPaddingValue=ends[0],
+        PixelPaddingRangeLimit=ends[1],
     )
     tile, row = through_the_tile(path)
-    assert row["padding"] == [-2000, -1990]
+    assert row["padding"] == list(ends)
     padded = (values >= -2000) & (values <= -1990)
     assert (tile[padded] == 0).all()
     assert (tile[~padded] > 0).mean() > 0.9

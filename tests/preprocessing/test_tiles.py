@@ -73,7 +73,7 @@ def test_each_level_pixel_is_the_mean_of_the_source_pixels_that_it_covers() -> N
 
 def test_fractional_area_averages_agree_with_exact_box_weights() -> None:
     source = picture(700, 530)
-    built = tiles.build_levels(source, ("512",))["512"]
+    built = tiles.build_levels(source, ("full", "600", "512"))["512"]  # 600 is no whole multiple, and plays no part
 
     def weights(target: int, length: int) -> np.ndarray:
         edges = np.linspace(0, length, target + 1)
@@ -102,6 +102,8 @@ def test_every_codec_gives_every_value_back(codec: Codec, shape: tuple[int, int]
     assert written[1:] == (path.stat().st_size, zlib.crc32(path.read_bytes()))
     assert np.array_equal(tiles.read_level(path), level)
     assert tiles.encode_level(level, codec) == data, "the same array must give the same bytes"
+    tiles.write_level(path, level + 1, codec)
+    assert np.array_equal(tiles.read_level(path), level + 1), "a later write takes the place of an earlier one"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "no temporary file may stay"
 
 

@@ -301,6 +301,8 @@ def test_facts_of_the_chosen_frames_functional_groups_come_first(tmp_path: Path)
         frames=[encode(frame, uid.ExplicitVRLittleEndian, 10) for frame in stack],
         SharedFunctionalGroupsSequence=[shared],
         PerFrameFunctionalGroupsSequence=[window(500), window(600)],
+        WindowCenter=2,
+        WindowWidth=100,
     )
     header = decode(path, ConvertSettings(frame=1)).header
     assert (header.window_center, header.laterality) == ([600], "R")
@@ -390,6 +392,7 @@ def test_facts_come_from_the_tags(tmp_path: Path) -> None:
         ViewPosition="MLO",
         BreastImplantPresent="YES",
         ImagerPixelSpacing=[0.07, 0.07],
+        PixelSpacing=[0.05, 0.05],  # calibrated to the object's plane
         PixelPaddingValue=0,
     )
     decoded = decode(path, SETTINGS)
@@ -447,6 +450,23 @@ def test_ages_are_years(tmp_path: Path, age: str, years: float) -> None:
     assert found == years or (math.isnan(found) and math.isnan(years))
 
 
+@pytest.mark.parametrize(("said", "implant"), [("YES", 1), ("no", 0), ("UNKNOWN", math.nan), (None, math.nan)])
+def test_no_implant_is_known_and_silence_is_not(tmp_path: Path, said: str | None, implant: float) -> None:
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, BreastImplantPresent=said)
+    np.testing.assert_equal(decode(path, SETTINGS).header.implant, implant)
+
+
+def test_padding_of_unsigned_values_stays_as_large_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.dcm", picture(16), bits=16, PixelPaddingValue=65000)
+    assert decode(path, SETTINGS).header.padding == [65000]
+
+
+def test_a_slope_of_nothing_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, RescaleSlope=0, RescaleIntercept=5)
+    header = decode(path, SETTINGS).header
+    assert (header.rescale_slope, header.rescale_intercept) == (1, 5)
+
+
 def test_damaged_facts_never_cost_the_picture(tmp_path: Path) -> None:
     path = write(tmp_path / "a.dcm", picture(12), bits=12, WindowCenter=2751, WindowWidth=2000, PatientAge="047Y")
     path.write_bytes(path.read_bytes().replace(b"2751", b"2xx1").replace(b"047Y", b"\xff\xfe?Y"))
@@ -461,6 +481,7 @@ def test_damaged_facts_never_cost_the_picture(tmp_path: Path) -> None:
     [
         ({"PresentationIntentType": "FOR PROCESSING"}, "for-processing"),
         ({"ImageType": ["DERIVED", "PRIMARY", "TOMO", "GENERATED_2D"]}, "synthesised-2d"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "TOMOSYNTHESIS", "NONE"]}, "synthesised-2d"),
         ({"EstimatedRadiographicMagnificationFactor": 1.8}, "magnified"),
         ({"EstimatedRadiographicMagnificationFactor": 1.07}, ""),
         ({"SOPClassUID": uid.SecondaryCaptureImageStorage}, "secondary-capture"),

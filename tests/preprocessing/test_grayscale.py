@@ -142,6 +142,16 @@ def test_a_voi_lut_after_a_negative_slope_shows_what_pydicom_shows(tmp_path: Pat
     np.testing.assert_allclose(table[tile], by_pydicom(path, lut=True), atol=1e-6)
 
 
+def test_a_lut_of_as_many_entries_as_its_descriptor_cannot_say_has_65536(tmp_path: Path) -> None:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [0, 0, 16])  # PS3.3 C.11.2.1.1
+    item.add_new("LUTData", "OW", np.arange(65536, dtype="<u2")[::-1].tobytes())
+    path = write(tmp_path / "a.dcm", picture(16), bits=16, VOILUTSequence=[item])
+    table = grayscale.tile_voi_lut(through_the_tile(path)[1])
+    assert table is not None
+    np.testing.assert_allclose(table, np.linspace(1, 0, 65536), atol=1e-6)
+
+
 @pytest.mark.parametrize(("intercept", "first"), [(-1024, -1024), (0, 64512)])
 def test_a_luts_first_value_written_without_a_sign_is_negative_where_its_input_can_be(
     tmp_path: Path, intercept: int, first: int
@@ -159,7 +169,14 @@ def test_a_modality_lut_and_the_window_after_it_become_one_table(tmp_path: Path)
     item.add_new("LUTData", "US", [int(65535 * (value / 4095) ** 2) for value in range(4096)])
     item.add_new("ModalityLUTType", "LO", "US")
     path = write(
-        tmp_path / "a.dcm", picture(12), bits=12, ModalityLUTSequence=[item], WindowCenter=20000, WindowWidth=30000
+        tmp_path / "a.dcm",
+        picture(12),
+        bits=12,
+        ModalityLUTSequence=[item],
+        WindowCenter=20000,
+        WindowWidth=30000,
+        RescaleSlope=2,  # which has no say beside a LUT
+        RescaleIntercept=-3,
     )
     tile, row = through_the_tile(path)
     table = grayscale.tile_voi_lut(row)
@@ -169,6 +186,30 @@ def test_a_modality_lut_and_the_window_after_it_become_one_table(tmp_path: Path)
     modality = apply_modality_lut(source.pixel_array, source).astype(float)
     expected = np.clip((modality - 19999.5) / 29999 + 0.5, 0, 1)
     np.testing.assert_allclose(table[tile], expected, atol=1 / 65535)
+
+
+@pytest.mark.parametrize("after", [None, "LINEAR_EXACT", "SIGMOID", "LUT"])
+def test_whatever_comes_after_a_modality_lut_is_in_the_table(tmp_path: Path, after: str | None) -> None:
+    """PS3.3 C.11.2.1.1 and C.11.2.1.3; without anything, all of the LUT's range."""
+    item, voi = Dataset(), Dataset()
+    item.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    modality = (65535 * (np.arange(4096) / 4095) ** 2).astype(int)
+    item.add_new("LUTData", "US", modality.tolist())
+    item.add_new("ModalityLUTType", "LO", "US")
+    voi.add_new("LUTDescriptor", "US", [4096, 1000, 12])
+    voi.add_new("LUTData", "US", list(range(4095, -1, -1)))
+    window = {"WindowCenter": 20000, "WindowWidth": 30000, "VOILUTFunction": after}
+    more = {"VOILUTSequence": [voi]} if after == "LUT" else window if after else {}
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, ModalityLUTSequence=[item], **more)
+    table = grayscale.tile_voi_lut(through_the_tile(path)[1])
+    expected = {
+        None: modality / 65535,
+        "LINEAR_EXACT": np.clip((modality - 20000) / 30000 + 0.5, 0, 1),
+        "SIGMOID": 1 / (1 + np.exp(-4 * (modality - 20000) / 30000)),
+        "LUT": (4095 - np.clip(modality - 1000, 0, 4095)) / 4095,
+    }[after]
+    assert table is not None
+    np.testing.assert_allclose(table, expected, atol=1 / 65535)
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(8, False), (10, True), (12, False), (13, True), (16, False), (16, True)])
@@ -239,9 +280,13 @@ def test_a_linear_window_of_width_one_is_a_step(tmp_path: Path) -> None:
 
 
 def test_impossible_windows_are_left_out(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.dcm", picture(12), bits=12, WindowCenter=[100, 200, 300], WindowWidth=[0, -5, 900])
+    windows = {"WindowCenter": [100, 200, 250, 300], "WindowWidth": [0, -5, 0.5, 900]}
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, **windows)
     _, row = through_the_tile(path)
     assert (row["window_center"], row["window_width"]) == ([300], [900])
+    path = write(tmp_path / "b.dcm", picture(12), bits=12, VOILUTFunction="SIGMOID", **windows)
+    _, row = through_the_tile(path)
+    assert (row["window_center"], row["window_width"]) == ([250, 300], [0.5, 900]), "below 1 in LINEAR alone"
 
 
 def test_a_picture_without_window_gets_one_ramp_over_its_percentiles() -> None:

@@ -85,6 +85,19 @@ def test_the_loop_takes_the_steps_that_a_plain_one_takes(store):
         torch.testing.assert_close(value, average[key])
 
 
+def test_dropout_follows_from_epoch_and_process(store):
+    def loss(epoch, rank):
+        parts, loader, _ = _parts(store, "model.dropout=0.5")
+        parts.rank, at = rank, Position(epoch=epoch, batches=1)
+        train_epoch(parts, list(loader.epoch(0))[:1], at, fakes.FakeMonitor(None), lambda at, guard: None)
+        return float(at.loss_sum)
+
+    first = loss(0, 0)
+    assert loss(0, 0) == first
+    assert loss(1, 0) != first
+    assert loss(0, 1) != first
+
+
 def test_accumulating_two_small_batches_equals_one_large_one(store):
     """Without batch statistics and dropout, whose values depend on how samples are grouped."""
     overrides = ("model.backbone=convnext_atto", "model.dropout=0", "model.drop_path=0", "train.grad_clip=0")

@@ -450,6 +450,16 @@ def test_ages_are_years(tmp_path: Path, age: str, years: float) -> None:
     assert found == years or (math.isnan(found) and math.isnan(years))
 
 
+def test_without_a_high_bit_the_lowest_bits_are_the_stored_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.dcm", picture(12), bits=12, HighBit=None)
+    np.testing.assert_array_equal(decode(path, SETTINGS).stored, picture(12))
+
+
+def test_a_picture_of_one_frame_is_no_chosen_frame(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.dcm", picture(12), bits=12)
+    assert decode(path, ConvertSettings(frame=1)).header.policy == ""
+
+
 @pytest.mark.parametrize(("said", "implant"), [("YES", 1), ("no", 0), ("UNKNOWN", math.nan), (None, math.nan)])
 def test_no_implant_is_known_and_silence_is_not(tmp_path: Path, said: str | None, implant: float) -> None:
     path = write(tmp_path / "a.dcm", picture(12), bits=12, BreastImplantPresent=said)

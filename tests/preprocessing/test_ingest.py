@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocessing import ingest, tiles
-from preprocessing.breast import find_breast
+from preprocessing.breast import Breast, Crop, find_breast
 from preprocessing.convert import convert
 from preprocessing.guard import Rejection
 from preprocessing.manifest import COLUMNS, level_column, open_store
@@ -88,6 +88,14 @@ def test_the_percentiles_are_those_of_the_breast(tmp_path: Path) -> None:
     assert row["percentile_high"] == pytest.approx(np.percentile(breast, 99.5), abs=30)
     assert row["percentile_low"] < row["percentile_high"]
     assert row["percentile_low"] <= np.percentile(breast, 5)
+
+
+def test_padding_inside_the_breasts_outline_is_no_part_of_its_percentiles() -> None:
+    values = np.random.default_rng(0).integers(1000, 3000, (400, 300), dtype=np.uint16)
+    padded = values.copy()
+    padded[:, 270:] = 0
+    found = Breast(Crop(0, 0, 400, 300), np.ones((400, 300), bool))
+    assert ingest._percentiles(padded, found) == pytest.approx(np.percentile(values[:, :270], (0.5, 99.5)), abs=2)
 
 
 def test_a_crop_that_is_not_wanted_is_not_made(tmp_path: Path) -> None:

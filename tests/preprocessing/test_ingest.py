@@ -74,8 +74,9 @@ def test_without_a_row_the_tags_and_the_name_speak(synthetic: Path) -> None:
 
 def test_the_csv_wins_over_the_tags(synthetic: Path) -> None:
     path = next((synthetic / "train_images").rglob("*.dcm"))
-    row = prepared(path, {"patient_id": 7, "laterality": "left", "view": "at", "age": 33})[1]
-    assert (row["patient_id"], row["laterality"], row["view"], row["age"]) == ("7", "L", "AT", 33)
+    for side in ("left", "right"):
+        row = prepared(path, {"patient_id": 7, "laterality": side, "view": "at", "age": 33})[1]
+        assert (row["patient_id"], row["laterality"], row["view"], row["age"]) == ("7", side[0].upper(), "AT", 33)
 
 
 def test_the_percentiles_are_those_of_the_breast(tmp_path: Path) -> None:
@@ -104,6 +105,7 @@ def test_a_crop_that_is_not_wanted_is_not_made(tmp_path: Path) -> None:
     assert np.array_equal(levels["full"], picture(3))
     assert (row["crop_top"], row["crop_left"]) == (0, 0)
     assert (row["crop_height"], row["crop_width"]) == picture(3).shape
+    assert (row["source_rows"], row["source_columns"]) == picture(3).shape
 
 
 def test_prepare_rejects_what_cannot_be_used(tmp_path: Path) -> None:

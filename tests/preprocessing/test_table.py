@@ -153,7 +153,8 @@ def test_a_column_file_may_be_absolute_or_relative_to_the_program(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("cell", "value"), [("1", 1), ("1.0", 1), ("True", 1), ("false", 0), (0, 0), (61.5, 61.5), ("1e2", 100)]
+    ("cell", "value"),
+    [("1", 1), ("1.0", 1), ("True", 1), ("false", 0), ("Yes", 1), ("no", 0), (0, 0), (61.5, 61.5), ("1e2", 100)],
 )
 def test_numbers_are_read_however_they_are_written(cell: object, value: float) -> None:
     assert table.number({"a": cell}, "a") == value
@@ -181,6 +182,16 @@ def test_a_rows_file_is_found_whatever_its_ending(tmp_path: Path, file: str, row
     touch(tmp_path / file)
     touch(tmp_path / "10006" / "12.dcm")
     assert table.find_file(tmp_path, row) == (file, "")
+
+
+def test_a_file_is_never_another_pictures(tmp_path: Path) -> None:
+    """Neither one whose name merely begins so, nor another patient's of that name beside the folders."""
+    row = {"patient_id": "10006", "image_id": "1"}
+    touch(tmp_path / "10006" / "12.pic")
+    assert table.find_file(tmp_path, row)[0] == ""
+    touch(tmp_path / "1.dcm")
+    touch(tmp_path / "10006" / "1.png")
+    assert table.find_file(tmp_path, row) == ("10006/1.png", "")
 
 
 @pytest.mark.parametrize(
@@ -231,10 +242,11 @@ def test_a_folder_without_pictures_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_other_columns_are_carried_with_a_type_that_fits_every_row(tmp_path: Path) -> None:
-    path = csv(tmp_path, "patient_id,image_id,BIRADS,flag,note,file", "1,1,2,True,x,a", "1,2,,False,,b")
+    path = csv(tmp_path, "patient_id,image_id,BIRADS,flag,seen,note,file", "1,1,2,True,True,x,a", "1,2,,False,,,b")
     frame = table.read_table(path)
     types = table.extra_columns(frame, {"patient_id", "image_id"})
-    assert types == {"BIRADS": pa.float64(), "flag": pa.bool_(), "note": pa.string()}
+    text = dict.fromkeys(("seen", "note"), pa.string())  # an empty cell is neither true nor false
+    assert types == {"BIRADS": pa.float64(), "flag": pa.bool_()} | text
     row = dict(zip(frame.columns, frame.iloc[1], strict=True))
     assert math.isnan(table.extra_value(row, "BIRADS", types["BIRADS"]))
     assert table.extra_value(row, "flag", types["flag"]) is False

@@ -140,6 +140,7 @@ def test_differences_leave_out_what_does_not_change_the_result():
     saved = {"train": {"lr": 1, "device": "cpu"}, "monitor": {"interval_s": 1}, "data": {"loader": {"threads": 1}}}
     wanted = {"train": {"lr": 2, "device": "cuda"}, "monitor": {"interval_s": 9}, "data": {"loader": {"cache": "x"}}}
     assert checkpoint.differences(saved, wanted) == ["train.lr: 1 there, 2 now"]
+    assert checkpoint.differences({}, {"train": {"lr": 2, "device": "cpu"}}) == ["train.lr: absent there, 2 now"]
 
 
 # ---- a killed run

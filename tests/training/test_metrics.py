@@ -86,9 +86,9 @@ def test_calibration_error_agrees_with_torchmetrics(seed, levels):
 
 def test_a_prediction_at_the_threshold_counts_as_one_above_it():
     assert metrics.pf1_at([1, 0], [0.5, 0.4], 0.5) == 1
-    found = metrics.summarise([1, 1, 0, 0], [0.9, 0.3, 0.3, 0.1], threshold=0.3)["at_threshold"]
-    assert (found["true_positives"], found["false_positives"]) == (2, 1)
-    assert (found["false_negatives"], found["true_negatives"]) == (0, 1)
+    found = metrics.summarise([1, 1, 0, 0], [0.9, 0.3, 0.3, 0.1], threshold=0.9)["at_threshold"]
+    assert (found["true_positives"], found["false_positives"]) == (1, 0)
+    assert (found["false_negatives"], found["true_negatives"]) == (1, 2)
 
 
 def test_the_best_threshold_lies_midway_and_below_all_where_all_are_to_be_called():

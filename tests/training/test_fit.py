@@ -54,13 +54,14 @@ def _parts(store, *overrides, batches=6):
 def test_the_loop_takes_the_steps_that_a_plain_one_takes(store):
     """Clipping, accumulation, schedule and average included: the weights of both must be bit-equal."""
     overrides = ("train.accumulate=4", "train.grad_clip=0.05", "train.ema_decay=0.9", "train.warmup_epochs=0.5")
+    overrides += ("train.weight_decay=0.1",)  # large enough to be seen after two steps
     parts, loader, config = _parts(store, *overrides)
     at = Position(epoch=0, batches=6)
     train_epoch(parts, list(loader.epoch(0))[:6], at, fakes.FakeMonitor(None), lambda at, guard: None)
 
     other, _, _ = _parts(store, *overrides)
     model, average = other.model, {k: v.clone() for k, v in other.model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     schedule = build_schedule(optimizer, config.train, batches=6)
     model.train()
     batches = list(enumerate(loader.epoch(0)))[:6]
@@ -128,6 +129,24 @@ def test_the_schedule_warms_up_linearly_and_then_is_torchs_cosine():
         assert found[step] == pytest.approx(reference.param_groups[0]["lr"], rel=1e-6), step
         reference.step()
         cosine.step()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 1, "lr": 0.1, "warmup_epochs": 5},  # longer than the run
+        {"epochs": 2, "lr": 0.1, "min_lr": 0.2, "warmup_epochs": 0.5},  # min_lr is above lr
+        {"epochs": 2, "lr": 0.1, "warmup_epochs": 0},
+    ],
+)
+def test_a_run_reaches_its_learning_rate_and_never_goes_beyond_it(settings):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=settings["lr"])
+    schedule = build_schedule(optimizer, TrainSettings(**settings), batches=10)
+    found = []
+    for step in range(10 * settings["epochs"]):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert max(found) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("bad_step", [0, 2, 5])

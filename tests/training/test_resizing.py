@@ -41,6 +41,10 @@ def test_no_share_is_larger_than_the_whole():
     assert _sizes("train.epochs=2", "train.progressive=[0.99,1]", *shape)[0] == (50, 32)
 
 
+def test_no_share_leaves_nothing():
+    assert _sizes("train.epochs=2", "train.progressive=[0.1,1]", "pipeline.height=128")[0] == (32, 64)
+
+
 def test_a_damaged_tile_counts_once_in_all_sizes(tmp_path, monkeypatch):
     fakes.use_fakes(monkeypatch)
     made = fakes.FakeLoader.__init__

@@ -378,6 +378,9 @@ def test_a_subset_keeps_both_classes(store):
         assert len(part) == 10
         assert 0 < part["cancer"].sum() <= 5
         assert part.index.tolist() == list(range(10))
+        assert part["image_id"].is_monotonic_increasing, "the manifest's order"
+    training, _ = fit.split(store, load_config(None, ("data.folds=2", "data.max_images=40")).data, 0)
+    assert len(training) == 40, "negatives in the place of positives that there are not"
 
 
 def test_machines_and_sites_can_be_kept_out_of_training_and_are_still_validated(store):

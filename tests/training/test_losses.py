@@ -157,7 +157,7 @@ def test_auxiliary_classes_are_mixed_as_the_pictures_are():
 def test_a_picture_mixed_with_one_of_unknown_class_teaches_no_class():
     targets = aux_targets(_rows(), ("view",), CPU)  # row 2 has none
     loss = build_loss(TrainSettings(), ModelSettings(aux=("view",), aux_weight=1.0), DRAWN, targets)
-    logits = torch.tensor([[2.0, -1.0], [0.5, 1.5], [1.0, 0.0]])
+    logits = torch.tensor([[2.0, -1.0], [0.5, 1.5], [3.0, 0.0]])
     batch = {
         **{"label": torch.full((3,), float("nan")), "ok": torch.ones(3, dtype=torch.bool)},
         **{"index": torch.tensor([0, 1, 3]), "partner": torch.tensor([2, 2, 1])},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,13 @@ def test_an_ensembles_threshold_is_on_the_calibrated_scale(tmp_path: Path):
         table.assign(prediction=table["prediction"] - 0.2).to_csv(path, index=False)
     lower = open_ensemble([run], "cpu", calibrate="temperature")
     assert lower.threshold == pytest.approx(lower.calibration([0.1, 0.5]).mean())
+
+
+def test_a_breasts_mean_is_what_is_calibrated(tmp_path: Path):
+    platt = Calibration(method="platt", temperature=2.0, bias=-1.0)
+    ensemble = replace(open_ensemble([make_run(tmp_path / "run")], "cpu"), calibration=platt)
+    frame = pd.DataFrame({"prediction_id": ["a", "a", "b"]})
+    found = ensemble.combine(frame, np.array([[0.2], [0.6], [0.9]]))
+    mean = np.array([0.4, 0.9])
+    expected = 1 / (1 + np.exp(-(np.log(mean / (1 - mean)) / 2 - 1)))
+    np.testing.assert_allclose(found[["a", "b"]], expected)

@@ -318,6 +318,18 @@ def test_a_folder_without_a_table_is_predicted_by_what_the_files_say(data: Path,
     assert found["prediction_id"].str.fullmatch(r"p[0-9a-f]{16}_[LR]").all()
 
 
+def test_a_picture_that_one_run_alone_cannot_read_has_no_prediction(data: Path, run: Path, tmp_path: Path):
+    """Runs of larger pictures read another level, whose file may be sound."""
+    shutil.copytree(data / "store", tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    rows = store.manifest.head(3)
+    (store.root / rows["path_96"].iloc[1]).write_bytes(b"")
+    larger = make_run(tmp_path / "larger", "pipeline.height=192", "pipeline.width=192", folds=1)
+    found, faults = open_ensemble([run, larger], "cpu").predict(store, rows)
+    assert list(faults) == [1]
+    np.testing.assert_array_equal(np.isnan(found), [[False] * 2, [True] * 2, [False] * 2])
+
+
 def test_damaged_tiles_fall_back_and_are_named(data: Path, run: Path, tmp_path: Path, through_store: Path):
     store = tmp_path / "store"
     shutil.copytree(data / "store", store)

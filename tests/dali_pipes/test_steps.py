@@ -28,6 +28,14 @@ def sample_at(picture, x, y):
     return upper * (1 - fy) + lower * fy
 
 
+def test_values_above_a_voi_luts_last_entry_are_as_bright_as_that():
+    """PS3.3 C.11.2.1.1: it holds for all values after the range of the table."""
+    table = np.array([0, 0.25, 1, 0.5], np.float32)
+    found = steps.window_table(numbers(table=1.0), table, 7)
+    assert found.tolist() == [0, 0.25, 1, 0.5, 0.5, 0.5, 0.5]
+    assert steps.window_table(numbers(table=1.0), table, 2).tolist() == [0, 0.25]
+
+
 def test_8_bit_clahe_is_opencvs():
     bytes_ = steps.to_bytes(GREY)
     expected = cv2.createCLAHE(clipLimit=3.0, tileGridSize=(4, 4)).apply(bytes_)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from preprocessing.errors import ConfigError, InputError
 from training import weights
 from training.config import ModelSettings
-from training.model import AttentionPool, AveragePool, EveryHead, GeMPool, build_model, require_sizes
+from training.model import AttentionPool, AveragePool, EveryHead, GeMPool, MammoModel, build_model, require_sizes
 
 LITE = "tf_efficientnet_lite0"
 
@@ -41,6 +41,33 @@ def test_any_backbone_gives_logits_a_map_and_an_embedding(backbone):
         "density": (2, 4),
         "view": (2, 2),
     }
+
+
+def test_a_transformers_tokens_lie_on_the_map_row_by_row_and_its_prefix_does_not():
+    """Rows that differ in nothing along themselves, in patches of 16 pixels: whatever the weights, cells of one row
+    are alike but for their positions, which are silenced."""
+    backbone = timm.create_model("test_vit", img_size=(32, 64), num_classes=0, global_pool="", in_chans=1).eval()
+    model = MammoModel(backbone, ModelSettings(backbone="test_vit", weights="none")).eval()
+    torch.nn.init.zeros_(backbone.pos_embed)
+    torch.nn.init.zeros_(backbone.cls_token)
+    rows, columns = backbone.patch_embed.grid_size
+    assert rows < columns
+    side = 32 // rows
+    picture = torch.zeros(1, 1, 32, 64)
+    picture[:, :, :side] = 1
+    with torch.inference_mode():
+        found = model.forward_features(picture)
+    assert found.shape[2:] == (rows, columns)
+    torch.testing.assert_close(found, found[..., :1].expand_as(found), rtol=1e-4, atol=1e-5)
+    assert (found[:, :, 0] - found[:, :, 1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["cancer", "density"])
+def test_dropout_stands_before_every_head_in_training_alone(name):
+    model, x = _model(dropout=0.9, aux=("density",)), torch.randn(2, 1, 64, 64)
+    assert torch.equal(model.outputs(x)[name], model.outputs(x)[name])
+    model.dropout.train()
+    assert not torch.equal(model.outputs(x)[name], model.outputs(x)[name])
 
 
 def test_forward_is_cancers_logits_alone_and_every_head_has_them_all():
@@ -83,6 +110,21 @@ def test_attention_starts_as_the_average_and_can_pick_a_single_cell():
     cell = features[:, 0].flatten(1).argmax(1)
     torch.testing.assert_close(attention.flatten(1).argmax(1), cell)
     torch.testing.assert_close(pooled, features.flatten(2)[torch.arange(2), :, cell])
+
+
+def test_attention_is_gated_by_a_product():
+    """Ilse et al. 2018, equation 9: where the gate is shut, what the value says counts for nothing."""
+    features, pool = torch.randn(2, 8, 3, 4), AttentionPool(8)
+    with torch.no_grad():
+        pool.score.weight.normal_()
+        pool.gate.weight.zero_()
+        pool.gate.bias.fill_(-50)
+    torch.testing.assert_close(pool(features)[1], torch.full((2, 3, 4), 1 / 12))
+
+
+def test_gem_does_not_leave_the_range_of_half_precision():
+    features = torch.full((1, 4, 3, 3), 50.0, dtype=torch.float16)  # whose cubes float16 does not hold
+    torch.testing.assert_close(GeMPool(4)(features)[0], torch.full((1, 4), 50.0))
 
 
 def test_gem_is_the_mean_at_exponent_one_and_nears_the_maximum():
@@ -379,6 +421,17 @@ def test_frozen_stages_are_the_first_ones_and_no_gradient_reaches_them(backbone)
     frozen.train()(torch.randn(2, 1, 64, 64)).sum().backward()
     assert all(frozen.get_parameter(name).grad is None for name in kept)
     assert frozen.head.weight.grad is not None
+
+
+def test_the_stem_and_as_many_stages_as_asked_for_are_frozen():
+    def frozen(stages):
+        model = _model(freeze_stages=stages)
+        return {name.split(".")[1] for name, each in model.named_parameters() if not each.requires_grad}
+
+    assert frozen(2) == {"conv1", "bn1", "layer1", "layer2"}
+    assert frozen(3) == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+    with pytest.raises(ConfigError, match="resnet10t has 4 stages after its stem; leave at least one"):
+        frozen(4)
 
 
 def test_freezing_everything_is_refused():

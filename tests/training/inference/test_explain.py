@@ -66,6 +66,22 @@ def test_regions_are_the_hot_places_hottest_first():
     assert explanation.regions(np.zeros((5, 5), np.float32), 1.0) == []
 
 
+def test_a_regions_score_is_its_own_where_another_lies_inside_its_box():
+    heat = np.zeros((40, 40), np.float32)
+    heat[5:30, 5:8] = heat[27:30, 5:30] = 0.6  # an angle
+    heat[10:13, 20:24] = 1.0
+    found = explanation.regions(heat, 1.0)
+    assert [(r.top, r.left, r.height, r.width) for r in found] == [(10, 20, 3, 4), (5, 5, 25, 25)]
+    assert [r.score for r in found] == pytest.approx([1.0, 0.6])
+
+
+def test_a_tensor_is_laid_back_by_its_pixels_centres():
+    ramp = np.tile(np.arange(8, dtype=np.float32), (8, 1))
+    found = explanation._laid_back(ramp, np.array([[0.5, 0, 0], [0, 0.5, 0]]), (16, 16))
+    centres = (np.arange(1, 15) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(found[1:15, 1:15], np.tile(centres, (14, 1)), atol=1e-6)
+
+
 def test_grad_cam_is_the_class_activation_map_where_the_pooling_is_the_average():
     torch.manual_seed(0)
     settings = load_config(None, ("model.backbone=test_efficientnet", "model.weights=none", "model.pooling=avg")).model
@@ -99,15 +115,54 @@ class _Brightness(nn.Module):
         return {"attention": nn.functional.avg_pool2d(x, 2)[:, 0].sub(0.8 * x.max()).relu()}
 
 
-@pytest.mark.parametrize("patch_level", [None, "full"], ids=["whole", "patch"])
-@pytest.mark.parametrize("laterality", ["L", "R"])
-def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, patch_level: str | None, tmp_path: Path):
+def _mammogram(laterality: str, row: int, column: int) -> np.ndarray:
+    """uint8 [1000, 800]: a grey breast at its wall, with one bright spot."""
     rows, columns = np.mgrid[:1000, :800]
     wall = 0 if laterality == "L" else 799
     breast = ((rows - 480) / 330) ** 2 + ((columns - wall) / 420) ** 2 < 1
     picture = np.where(breast, 90, 0).astype(np.uint8)
-    row, column = SPOT if laterality == "L" else (SPOT[0], 799 - SPOT[1])
     picture[row - 15 : row + 15, column - 15 : column + 15] = 255
+    return picture
+
+
+class _Everywhere(nn.Module):
+    """Looks at everything alike."""
+
+    def outputs(self, x: Tensor) -> dict[str, Tensor]:
+        cells = nn.functional.avg_pool2d(x, 2)[:, 0]
+        return {"attention": torch.full_like(cells, 1 / cells[0].numel())}
+
+
+def test_pictures_at_the_threshold_are_explained_by_the_mean_over_the_folds(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        cv2.imwrite(str(tmp_path / "images" / f"{name}.png"), _mammogram("L", *SPOT))
+    table = pd.DataFrame({"patient_id": names, "image_id": names, "laterality": "L"})
+    table.assign(file=table["image_id"] + ".png").to_csv(tmp_path / "t.csv", index=False)
+    settings = ConvertSettings(levels=("256",))
+    convert(tmp_path / "images", tmp_path / "t.csv", tmp_path / "store", settings, workers=1)
+    store = open_store(tmp_path / "store")
+    config = load_config(None, ("pipeline.height=160", "pipeline.width=160", "pipeline.clahe.enabled=false"))
+    models = (_Brightness(), _Everywhere())
+    members = tuple(Member(0, "", model, torch.float32, False) for model in models)  # type: ignore[arg-type]
+    group = Group(config.pipeline, config.data.loader, members)
+    ensemble = Ensemble(("run",), (group,), np.ones(1), ("mean",), 0.1, 0.5, settings, torch.device("cpu"))
+    predictions = np.array([np.nan, 0.5, 0.4999, 0.9])
+    written = explanation.explain(ensemble, store, store.manifest, predictions, tmp_path / "out", 0.5, share=0.3)
+    assert [path.stem for path in written] == ["b", "d"]
+    said = [json.loads(path.with_suffix(".json").read_text()) for path in written]
+    assert [each["prediction"] for each in said] == [0.5, 0.9]
+    for each in said:  # one fold saw the spot alone, the other nothing in particular
+        (region,) = each["regions"]
+        assert region["score"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("patch_level", [None, "full"], ids=["whole", "patch"])
+@pytest.mark.parametrize("laterality", ["L", "R"])
+def test_the_box_of_what_was_seen_covers_it_in_the_source(laterality: str, patch_level: str | None, tmp_path: Path):
+    row, column = SPOT if laterality == "L" else (SPOT[0], 799 - SPOT[1])
+    picture = _mammogram(laterality, row, column)
     (tmp_path / "images").mkdir()
     cv2.imwrite(str(tmp_path / "images" / "one.png"), picture)
     table = pd.DataFrame({"patient_id": ["p"], "image_id": ["one"], "laterality": [laterality], "file": ["one.png"]})

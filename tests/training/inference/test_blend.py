@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import f1_score, log_loss, roc_auc_score
 
 from preprocessing.errors import InputError, RunError
 from tests.training.untrained import make_run
@@ -185,6 +185,34 @@ def test_an_ensemble_aggregates_as_it_is_told(tmp_path: Path):
     assert open_ensemble([run], "cpu", aggregate="noisy_or").aggregates == ("noisy_or",)
     (fitted,) = open_ensemble([run], "cpu", aggregate="fitted").aggregates
     assert fitted.startswith("power:")
+
+
+def _spread(run: Path, seed: int) -> pd.DataFrame:
+    """The run with predictions and ages at random; its pictures."""
+    rng = np.random.default_rng(seed)
+    tables = []
+    for fold in runs.open_run(run).folds:
+        count = len(fold.validation)
+        drawn = {"prediction": rng.uniform(0.1, 0.9, count), "age": np.repeat(rng.uniform(40, 80, count // 2), 2)}
+        tables.append(fold.validation.assign(**drawn))
+        run_files.write_table(fold.folder / runs.VALIDATION, tables[-1])
+    return pd.concat(tables)
+
+
+@pytest.mark.parametrize(
+    ("options", "aggregate"),
+    [({}, "mean"), ({"weights": (1, 5)}, "mean"), ({"aggregate": "max"}, "max"), ({"names": ["age"]}, "mean")],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_threshold_is_the_best_for_what_is_predicted(options: dict, aggregate: str, seed: int, tmp_path: Path):
+    two = [make_run(tmp_path / name) for name in ("one", "other")]
+    how = {"prediction": aggregate, "cancer": "max", "age": "first"}
+    breasts = [_spread(run, 2 * seed + number).groupby("prediction_id").agg(how) for number, run in enumerate(two)]
+    ensemble = open_ensemble(two, "cpu", **options)
+    said = [fit(each["prediction"], each) for fit, each in zip(ensemble.covariates, breasts, strict=True)]
+    mixed, cancer = np.average(said, axis=0, weights=options.get("weights")), breasts[0]["cancer"]
+    assert f1_score(cancer, mixed >= ensemble.threshold) == max(f1_score(cancer, mixed >= cut) for cut in mixed)
+    assert np.abs(mixed - ensemble.threshold).min() > 1e-4  # between two breasts, not on one
 
 
 def _spoilt(run: Path) -> Path:

@@ -362,6 +362,10 @@ def test_runs_of_different_size_aggregation_and_weight_are_averaged_a_breast_at_
     both = pd.read_csv(tmp_path / "both.csv")
     expected = 0.25 * pd.read_csv(through_store)["cancer"] + 0.75 * alone["cancer"]
     np.testing.assert_allclose(both["cancer"], expected, rtol=1e-12)
+    beside = [
+        pd.read_csv(folder / "predictions_images.csv")["prediction"] for folder in (through_store.parent, tmp_path)
+    ]
+    np.testing.assert_allclose(beside[1], 0.25 * beside[0] + 0.75 * pictures["prediction"], rtol=1e-12)
     settings = json.loads((tmp_path / "predictions_settings.json").read_text())
     assert [(each["weight"], each["aggregate"]) for each in settings["runs"]] == [(0.25, "mean"), (0.75, "max")]
     assert settings["mirror_averaged"] is False
@@ -575,7 +579,7 @@ def test_runs_of_differently_converted_stores_are_refused(run: Path, tmp_path: P
         open_ensemble([run, other], "cpu")
 
 
-@pytest.mark.parametrize("weights", [(1,), (1, -1), (0, 0), (1, float("nan"))])
+@pytest.mark.parametrize("weights", [(1,), (3, -1), (0, 0), (1, float("nan"))])
 def test_impossible_weights_are_refused(weights: tuple[float, ...], run: Path, tmp_path: Path):
     other = make_run(tmp_path / "run", folds=1)
     with pytest.raises(InputError, match="weights"):
@@ -651,6 +655,32 @@ def test_what_was_predicted_is_not_taken_up_when_a_file_has_changed_since(
     assert f"Stopped after {kept[-1]} pictures; the same command goes on from there." in caplog.text
     first.write_bytes(whole)
     assert predict([run], out, **source).problems == 0
+
+
+@pytest.mark.parametrize("changed", ["mirrored", "trained anew", "converted otherwise"])
+def test_what_was_predicted_otherwise_is_not_taken_up(
+    changed: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(tmp_path / "run", folds=1)
+    monkeypatch.setattr(intake, "_FIRST_ROWS", 8)
+    source = {"images": data / "test_images", "csv": data / "test.csv", "device": "cpu", "workers": 1}
+    add = Partial.add
+
+    def interrupted(self, part):
+        add(self, part)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict([run], tmp_path / "cut.csv", **source)
+    if changed == "trained anew":
+        make_run(run, folds=1, seed=9)
+    if changed == "converted otherwise":
+        make_run(run, folds=1, settings=SETTINGS.model_copy(update={"crop_margin": 0.2}))
+    for name in ("cut.csv", "whole.csv"):
+        predict([run], tmp_path / name, tta=changed == "mirrored", **source)
+    assert (tmp_path / "cut.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_what_is_written_can_be_told_apart_from_what_was_there(data: Path, run: Path, tmp_path: Path):

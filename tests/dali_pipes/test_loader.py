@@ -77,6 +77,15 @@ def test_the_stream_is_the_same_for_any_batch_size_and_number_of_threads(store, 
     assert len(joined(alone)) == 28
 
 
+def test_pictures_labels_and_rows_go_together_in_whatever_order(store):
+    plain = PipelineSettings(height=64, width=48, augment=AugmentSettings(enabled=False))
+    in_order, mixed_up = batches(store, train=False, pipeline=plain), batches(store, pipeline=plain)
+    rows = joined(mixed_up, "index")
+    assert (rows[1:] < rows[:-1]).any()
+    assert torch.equal(joined(mixed_up), joined(in_order)[rows])
+    assert joined(mixed_up, "label").tolist() == store.manifest["cancer"].iloc[rows.tolist()].tolist()
+
+
 def test_three_ranks_together_see_what_one_sees(store):
     alone = batches(store, batch_size=6, epoch_samples=24)
     ranks = [batches(store, batch_size=2, rank=r, world_size=3, epoch_samples=24) for r in range(3)]
@@ -511,6 +520,12 @@ def test_a_shared_cache_has_the_largest_budget_of_those_who_share_it():
         assert one.budget == 100
         with shared_cache("here", 200):
             assert one.budget == 200
+
+
+def test_a_level_that_two_threads_make_at_once_is_kept_and_counted_once():
+    cache, level = LevelCache(1000), np.zeros(300, np.uint8)
+    cache.get("level", lambda: cache.get("level", lambda: level))
+    assert (len(cache), cache.bytes) == (1, 300)
 
 
 def test_a_cache_keeps_to_its_budget():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import log_loss
 from torch import nn
 
 from preprocessing.errors import ConfigError, InputError, RunError
@@ -363,6 +364,29 @@ def test_training_stops_when_nothing_improves(store, tmp_path, monkeypatch):
     monkeypatch.setattr(session.metrics, "summarise", lambda *a, **k: {**original(*a, **k), "auroc": next(values)})
     summary = fit.fit(fakes.small_config("train.epochs=9", "train.patience=2"), store, 0, tmp_path / "run")
     assert (summary.epochs, summary.best_epoch, summary.stopped_early) == (4, 1, True)
+    (tmp_path / "run" / "fold0" / runs.SUMMARY).unlink()  # as if killed just then
+    again = fit.fit(fakes.small_config("train.epochs=9", "train.patience=2"), store, 0, tmp_path / "run", resume=True)
+    assert (again.epochs, again.best_epoch, again.stopped_early) == (4, 1, True)
+
+
+def test_damaged_pictures_count_neither_in_the_validations_loss_nor_in_its_figures(store, tmp_path, monkeypatch):
+    whole = fakes.FakeLoader.epoch
+
+    def damaged(self, *where, **start):
+        for batch in whole(self, *where, **start):
+            ok = batch["ok"] if self.train else batch["index"] % 5 != 3
+            yield batch | {"ok": ok, "image": torch.where(ok[:, None, None, None], batch["image"], 0)}
+
+    monkeypatch.setattr(fakes.FakeLoader, "epoch", damaged)
+    config = fakes.small_config("train.epochs=1", "train.loss=bce", "train.precision=fp32")
+    fit.fit(config, store, 0, tmp_path / "run")
+    (fold,) = runs.open_run(tmp_path / "run").folds
+    _, held_out = fit.split(store, config.data, 0)
+    found, (record,) = fold.validation, fold.records("epoch")
+    kept = held_out["image_id"].to_numpy()[np.arange(len(held_out)) % 5 != 3]
+    assert sorted(found["image_id"]) == sorted(kept)
+    assert record["bad_samples"] == len(held_out) - len(kept)
+    assert record["val_loss"] == pytest.approx(log_loss(found["cancer"], found["prediction"]), rel=1e-5)
 
 
 def test_fewer_steps_an_epoch_where_debug_mode_says_so(store, tmp_path):

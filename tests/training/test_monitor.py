@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 
 from preprocessing.errors import RunError
 from preprocessing.progress import Progress
+from training import monitor as monitor_module
 from training.advice import advise
 from training.config import MonitorSettings
 from training.console import Console
@@ -209,6 +211,58 @@ def test_a_mean_is_of_the_samples_that_had_the_figure():
     )
     assert (found["gpu0.utilisation_mean"], found["gpu0.power_w_mean"], found["cpu_percent_mean"]) == (90, 300, 100)
     assert "The model itself" in str(found["advice"])
+
+
+def test_the_peak_is_the_highest_of_all_samples():
+    found = _counted(TrainingMonitor(None, FAST), *[{"memory_mb": each} for each in (100, 300, 200)])
+    assert (found["gpu0.memory_mb_peak"], found["gpu0.memory_mb_mean"]) == (300, 200)
+
+
+class SimulatedProcess:
+    """Answers like psutil.Process."""
+
+    def __init__(self, *children: SimulatedProcess) -> None:
+        self.below = children
+        self.user = self.system = self.rss = self.read = self.write = 0.0
+
+    def children(self, recursive: bool = False) -> list[SimulatedProcess]:
+        return [each for child in self.below for each in (child, *(child.children(True) if recursive else ()))]
+
+    def oneshot(self):
+        return nullcontext()
+
+    def cpu_times(self):
+        return SimpleNamespace(user=self.user, system=self.system)
+
+    def memory_info(self):
+        return SimpleNamespace(rss=self.rss)
+
+    def io_counters(self):
+        return SimpleNamespace(read_bytes=self.read, write_bytes=self.write)
+
+
+def test_figures_are_rates_of_the_whole_process_tree(monkeypatch):
+    grandchild = SimulatedProcess()
+    process = SimulatedProcess(SimulatedProcess(grandchild))
+    seconds, moved = [10.0], SimpleNamespace(bytes_sent=0, bytes_recv=0)
+    monkeypatch.setattr(monitor_module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(monitor_module, "available_memory", lambda: (1000, 250))
+    monkeypatch.setattr(monitor_module.psutil, "net_io_counters", lambda: moved)
+    counters = monitor_module._Counters(process)
+    seconds[0], mib = 14.0, 2**20
+    process.user, process.system, process.rss, process.read = 2.0, 1.0, 100 * mib, 8 * mib
+    grandchild.user, grandchild.rss, grandchild.write = 5.0, 50 * mib, 4 * mib
+    moved.bytes_sent, moved.bytes_recv = 2 * mib, 10 * mib
+    assert counters.read() == {
+        "cpu_percent": 200.0,  # 8 s in 4
+        "rss_mb": 150.0,
+        "ram_percent": 75.0,
+        "disk_read_mb_s": 2.0,
+        "disk_write_mb_s": 1.0,
+        "network_mb_s": 3.0,
+    }
+    seconds[0] = 15.0
+    assert counters.read()["cpu_percent"] == 0.0  # since the last reading
 
 
 def test_a_cause_that_holds_a_gpu_down_counts_beside_whatever_others():

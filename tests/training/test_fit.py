@@ -369,6 +369,36 @@ def test_training_stops_when_nothing_improves(store, tmp_path, monkeypatch):
     assert (again.epochs, again.best_epoch, again.stopped_early) == (4, 1, True)
 
 
+def test_folds_begin_with_other_weights_and_a_run_that_goes_on_asks_for_none(store, tmp_path, monkeypatch):
+    asked, whole = [], session.build_parts
+
+    def noted(*given, **how):
+        asked.append((how["seed"], how["pretrained"]))
+        return whole(*given, **how)
+
+    monkeypatch.setattr(session, "build_parts", noted)
+    config = fakes.small_config("train.epochs=1", "train.max_steps=1", "data.seed=5")
+    for fold in (0, 1):
+        fit.fit(config, store, fold, tmp_path / "run")
+    (tmp_path / "run" / "fold1" / runs.SUMMARY).unlink()
+    fit.fit(config, store, 1, tmp_path / "run", resume=True)
+    assert asked == [(5, True), (6, True), (6, False)]
+
+
+def test_an_epochs_share_of_waiting_is_its_own(store, tmp_path, monkeypatch):
+    whole = fakes.FakeLoader.epoch
+
+    def slow_at_first(self, epoch, start_step=0):
+        self.wait_s += 1000 * (epoch == 0)
+        return whole(self, epoch, start_step)
+
+    monkeypatch.setattr(fakes.FakeLoader, "epoch", slow_at_first)
+    fit.fit(fakes.small_config("train.epochs=2"), store, 0, tmp_path / "run")
+    first, second = runs.open_run(tmp_path / "run").folds[0].records("epoch")
+    assert first["wait_share"] > 1
+    assert second["wait_share"] == 0
+
+
 def test_damaged_pictures_count_neither_in_the_validations_loss_nor_in_its_figures(store, tmp_path, monkeypatch):
     whole = fakes.FakeLoader.epoch
 

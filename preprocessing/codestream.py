@@ -223,7 +223,7 @@ def _inspect_jpeg_2000(data: bytes) -> Codestream:
 def _check_tile_parts(data: bytes, position: int, tiles: int) -> None:
     """Every tile has its parts, each as long as its header says (ISO/IEC 15444-1 A.4.2)."""
     seen: set[int] = set()
-    while position + 12 <= len(data) and unpack_from(">H", data, position)[0] == _SOT:
+    while data[position : position + 2] == _SOT.to_bytes(2, "big"):
         tile, length = unpack_from(">HI", data, position + 4)
         if tile >= tiles:
             raise Rejection(Reason.DECODE_FAILED, f"JPEG 2000 tile {tile} of {tiles}")

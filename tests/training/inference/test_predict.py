@@ -22,7 +22,7 @@ from preprocessing.errors import InputError, RunError, StoreError
 from preprocessing.manifest import Store, open_store
 from preprocessing.progress import Progress
 from preprocessing.synth import synthesize
-from preprocessing.table import Source
+from preprocessing.table import Source, read_table
 from tests.training.untrained import PRIOR, SETTINGS, TINY, make_run
 from training import run_files, runs
 from training.config import Config, load_config
@@ -441,6 +441,31 @@ def test_a_stream_cut_short_goes_on_to_the_same_bytes(
     for name in names:
         assert (tmp_path / name).read_bytes() == (through_store.parent / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_chunks_count_on_from_where_a_stream_began_and_take_their_tiles_along(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(intake, "_FIRST_ROWS", 8)
+    table = read_table(data / "test.csv", labels=False)
+    with intake.stream(data / "test_images", table, True, SETTINGS, ("96",), 4, start=6, count=1) as chunks:
+        first = next(chunks)
+        tiles = [first.store.root / path for path in first.rows["path_96"]]
+        assert (first.position, len(tiles)) == (14, 8)
+        assert all(path.is_file() for path in tiles)
+        second = next(chunks)
+        assert second.position == 30
+        assert not any(path.exists() for path in tiles)
+    names = sorted(table["image_id"])
+    assert [*first.rows["image_id"], *second.rows["image_id"]] == names[6:]
+
+
+def test_levels_larger_than_any_model_reads_are_not_made():
+    every = ("full", "1024", "512", "256")
+    assert intake.levels_read(every, 512) == ("512", "256")
+    assert intake.levels_read(every, 513) == ("1024", "512", "256")
+    assert intake.levels_read(every, 1025) == every
+    assert intake.levels_read(every, 200, {"full"}) == ("full", "256")
 
 
 def test_a_stream_that_is_left_decodes_no_whole_chunk_first(tmp_path: Path):

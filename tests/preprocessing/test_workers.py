@@ -160,8 +160,9 @@ def test_workers_do_not_run_the_program_that_starts_them(tmp_path: Path, from_a_
 
 
 CONTEXT = """
-import time
+import signal, time
 from preprocessing.workers import worker_context
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has background jobs ignore
 try:
     worker_context()
     print("started", flush=True)
